@@ -1,0 +1,66 @@
+"""What the launch scripts run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from swinv2_scale.config.loader import LoadedConfig, load_config
+from swinv2_scale.errors import ConfigError, ExitCode, ScaleError
+
+
+def pretrain(argv: list[str] | None = None) -> int:
+    """``launch/pretrain.py``: parse, validate before torch is imported, run, and turn errors into exit codes."""
+    arguments = _parser("Pre-train a Swin V2 with SimMIM.").parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        loaded = load_config(arguments.config, arguments.overrides)
+        code = int(_run(loaded, arguments))
+    except ScaleError as error:
+        # Every rank raises the same error; one of them says it.
+        if rank == 0 or error.exit_code == ExitCode.PEER_LOST:
+            print(f"\nerror: {error}\n(exit code {int(error.exit_code)})", file=sys.stderr, flush=True)
+        code = int(error.exit_code)
+    return code
+
+
+def _run(loaded: LoadedConfig, arguments: argparse.Namespace) -> ExitCode:
+    from swinv2_scale.engine.job import JobOptions, run_job
+
+    run_dir = Path(arguments.run_dir) if arguments.run_dir else default_run_dir(loaded.path)
+    return run_job(loaded, JobOptions(run_dir, arguments.steps, arguments.resume))
+
+
+def default_run_dir(config: Path) -> Path:
+    """``configs/quickstart/simmim.yaml`` -> ``runs/quickstart-simmim``."""
+    return Path("runs") / "-".join([p for p in config.parent.parts[-1:] if p not in ("configs", "/", "..", ".")] + [config.stem])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.print_usage(sys.stderr)
+        raise SystemExit(self._said(ConfigError(message)))
+
+    def _said(self, error: ConfigError) -> int:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def _steps(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("--steps counts from 1")
+    return value
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers put it first
+    parser.add_argument("--config", "--cfg", required=True, metavar="FILE", help="the stage's YAML file")
+    parser.add_argument("--run-dir", metavar="DIR", help="where everything is written (default: runs/NAME-OF-CONFIG)")
+    parser.add_argument("--steps", type=_steps, metavar="N", help="stop cleanly, with a checkpoint, after step N")
+    parser.add_argument("--resume", choices=("auto", "required", "never"), default="auto")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration values")
+    return parser

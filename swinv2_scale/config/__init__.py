@@ -1,0 +1,1 @@
+"""Strict, typed configuration. Nothing here imports torch."""

@@ -1,0 +1,185 @@
+"""From files and overrides to one RunConfig, or to every problem at once."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from swinv2_scale.config.model import VARIANTS
+from swinv2_scale.config.rules import cross_section_problems
+from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.source import KeyPath, Settings, apply_overrides, read_settings
+from swinv2_scale.errors import ConfigError, ConfigProblem
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A valid configuration and where each of its values came from."""
+
+    config: RunConfig
+    settings: Settings
+    path: Path
+
+    def origin(self, key: KeyPath) -> str:
+        """File and line, the command line, ``variant NAME`` or ``default``."""
+        if key in self.settings.history:
+            return self.settings.history[key][-1].where
+        if key[0] == "model" and key[-1] in VARIANTS[self.config.model.variant]:
+            return f"variant {self.config.model.variant}"
+        return "default"
+
+    def overridden(self, key: KeyPath) -> tuple[str, ...]:
+        """What the value in force replaced, newest first, as ``value (place)``."""
+        entries = self.settings.history.get(key, [])[:-1]
+        return tuple(f"{format_value(entry.value)} ({entry.where})" for entry in reversed(entries))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> LoadedConfig:
+    """Read, merge and validate.
+
+    Raises:
+        ConfigError: with every problem found: file, line, key, what is wrong and the nearest valid key.
+    """
+    settings = read_settings(Path(path))
+    apply_overrides(settings, overrides or [])
+    try:
+        config = RunConfig.model_validate(settings.tree())
+    except ValidationError as error:
+        problems = _problems(error, settings)
+        raise _refusal(path, problems) from None
+    problems = _variant_problems(config, settings) + [
+        ConfigProblem(p.key, p.message, settings.where(tuple(p.key.split("."))), p.suggestion)
+        for p in cross_section_problems(config)
+    ]
+    if problems:
+        raise _refusal(path, problems)
+    return LoadedConfig(config, settings, Path(path))
+
+
+def flatten(config: BaseModel, prefix: KeyPath = ()) -> dict[KeyPath, Any]:
+    """Every leaf of a configuration by its key path, in the order of the classes."""
+    leaves: dict[KeyPath, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            leaves.update(flatten(value, (*prefix, name)))
+        else:
+            leaves[(*prefix, name)] = value
+    return leaves
+
+
+def format_value(value: Any) -> str:
+    """A value on one line, as it would be written in YAML."""
+    return yaml.safe_dump(_plain(value), default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+
+
+def to_yaml(loaded: LoadedConfig) -> str:
+    """The resolved configuration, each line with the origin of its value as a comment; reads back as the same run."""
+    lines = [f"# Resolved from {loaded.path}. Every value, and where it came from."]
+    section: KeyPath = ()
+    for key, value in flatten(loaded.config).items():
+        parents = key[:-1]
+        for depth in range(len(parents)):
+            if section[: depth + 1] != parents[: depth + 1]:
+                lines.append("  " * depth + f"{parents[depth]}:")
+        section = parents
+        lines.append("  " * len(parents) + f"{key[-1]}: {format_value(value)}  # {loaded.origin(key)}")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _refusal(path: str | Path, problems: list[ConfigProblem]) -> ConfigError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return ConfigError(
+        f"{path} has {count}:",
+        f"correct them, then: swinv2-scale config check {path}",
+        tuple(dict.fromkeys(problems)),
+    )
+
+
+def _variant_problems(config: RunConfig, settings: Settings) -> list[ConfigProblem]:
+    if config.model.variant in VARIANTS:
+        return []
+    near = difflib.get_close_matches(config.model.variant, VARIANTS, 1)
+    return [
+        ConfigProblem(
+            "model.variant",
+            f"{config.model.variant!r} is none of {', '.join(VARIANTS)}",
+            settings.where(("model", "variant")),
+            near[0] if near else "",
+        )
+    ]
+
+
+def _problems(error: ValidationError, settings: Settings) -> list[ConfigProblem]:
+    """pydantic's report in the user's words; the branches of a union are one problem, not several."""
+    by_key: dict[KeyPath, list[str]] = {}
+    suggestions: dict[KeyPath, str] = {}
+    for item in error.errors(include_url=False):
+        key = _key_of(item["loc"])
+        if item["type"] == "extra_forbidden":
+            message = "no such key"
+            suggestions[key] = _nearest_key(key)
+        elif item["type"] == "missing":
+            message = "is required"
+        else:
+            message = f"{format_value(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
+        by_key.setdefault(key, []).append(message)
+    return [
+        ConfigProblem(".".join(key), "; or ".join(dict.fromkeys(messages)), settings.where(key), suggestions.get(key, ""))
+        for key, messages in by_key.items()
+    ]
+
+
+def _key_of(loc: tuple[int | str, ...]) -> KeyPath:
+    """A pydantic location without the union branches and positions that it appends."""
+    key: list[str] = []
+    section: type[BaseModel] | None = RunConfig
+    for part in loc:
+        if section is None or not isinstance(part, str):
+            break
+        key.append(part)
+        section = _section_type(section, part)
+    return tuple(key)
+
+
+def _section_type(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    found = section.model_fields.get(name)
+    annotation = found.annotation if found else None
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _all_keys(section: type[BaseModel], prefix: KeyPath = ()) -> list[KeyPath]:
+    keys: list[KeyPath] = []
+    for name in section.model_fields:
+        below = _section_type(section, name)
+        keys.append((*prefix, name))
+        keys += _all_keys(below, (*prefix, name)) if below else []
+    return keys
+
+
+def _nearest_key(key: KeyPath) -> str:
+    """A sibling that is spelled alike, else a key of the same name elsewhere, else one spelled alike elsewhere."""
+    known = _all_keys(RunConfig)
+    siblings = {k[-1]: k for k in known if k[:-1] == key[:-1]}
+    near = difflib.get_close_matches(key[-1], siblings, 1)
+    if near:
+        return ".".join(siblings[near[0]])
+    elsewhere = {k[-1]: k for k in reversed(known)}
+    near = difflib.get_close_matches(key[-1], elsewhere, 1, cutoff=0.75)
+    return ".".join(elsewhere[near[0]]) if near else ""

@@ -1,0 +1,111 @@
+"""ModelConfig, and the one table of variants."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from swinv2_scale import geometry
+
+AttentionBackend = Literal["eager", "sequential"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: unknown keys are errors, types are exact, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+#: Every named shape. Widths and depths: Swin V2 (arXiv 2111.09883) sec. 3.6 and the released configurations of T to L.
+#: The heads of H and G were never published; 32 channels a head is what all published variants have. The extra
+#: LayerNorm "on the main branch every 6 layers" (sec. 3.6) belongs to H and G alone.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+    "large": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
+    "huge": {"embed_dim": 352, "depths": (2, 2, 18, 2), "num_heads": (11, 22, 44, 88), "extra_norm_every": 6},
+    "giant": {"embed_dim": 512, "depths": (2, 2, 42, 4), "num_heads": (16, 32, 64, 128), "extra_norm_every": 6},
+}
+
+
+class AttentionConfig(Section):
+    """How window attention is computed; the numbers are the same for every choice, memory and time are not."""
+
+    #: One name for all stages, or one for each.
+    backend: AttentionBackend | tuple[AttentionBackend, ...] = "eager"
+    #: ``sequential`` splits its work until scores and expanded bias of one piece fit in this many bytes.
+    max_score_bytes: PositiveInt = 256 * 2**20
+
+
+class ModelConfig(Section):
+    """A Swin V2 backbone. ``variant`` fills in what isn't given; every field can be given."""
+
+    variant: str = "tiny"
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 192
+    in_channels: PositiveInt = 3
+    patch_size: PositiveInt = 4
+    embed_dim: PositiveInt
+    depths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    num_heads: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    window_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 12
+    #: The window each stage was first pre-trained with; 0 or nothing: this run is the first, its own window counts.
+    pretrained_window_sizes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    drop_path_rate: Fraction = 0.0
+    #: A LayerNorm on the main branch after every so many blocks of a stage; 0: none.
+    extra_norm_every: Annotated[int, Field(ge=0)] = 0
+    num_classes: Annotated[int, Field(ge=0)] = 0
+    attention: AttentionConfig = AttentionConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_variant(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        variant = data.get("variant", "tiny")
+        # An unknown name is reported by the loader, with the known ones; the shape keys then are no problem of theirs.
+        return {**VARIANTS.get(variant if isinstance(variant, str) else "", VARIANTS["tiny"]), **data}
+
+    @property
+    def image_shape(self) -> geometry.Size:
+        return geometry.as_size(self.image_size, 2)
+
+    @property
+    def window_shape(self) -> geometry.Size:
+        return geometry.as_size(self.window_size, 2)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.depths)
+
+    @property
+    def stride(self) -> int:
+        """Pixels of one token of the last stage, along each axis."""
+        return self.patch_size * 2 ** (self.num_stages - 1)
+
+    @property
+    def stage_dims(self) -> tuple[int, ...]:
+        return tuple(self.embed_dim * 2**stage for stage in range(self.num_stages))
+
+    @property
+    def stage_maps(self) -> tuple[geometry.Size, ...]:
+        return geometry.stage_maps(self.image_shape, self.patch_size, self.num_stages)
+
+    @property
+    def stage_pretrained_windows(self) -> tuple[int, ...]:
+        return self.pretrained_window_sizes or (0,) * self.num_stages
+
+    @property
+    def stage_backends(self) -> tuple[AttentionBackend, ...]:
+        backend = self.attention.backend
+        return backend if isinstance(backend, tuple) else (backend,) * self.num_stages
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Drop rate of every block in order, rising linearly from 0 (as timm's and Microsoft's ``linspace``)."""
+        last = max(sum(self.depths) - 1, 1)
+        return tuple(self.drop_path_rate * block / last for block in range(sum(self.depths)))

@@ -1,0 +1,180 @@
+"""Rules that span sections, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from swinv2_scale.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_BY_CONFIG
+from swinv2_scale.config.run import RunConfig
+from swinv2_scale.errors import ConfigProblem
+from swinv2_scale.geometry import nearest_multiples
+
+#: fixed: changing it would make another training; warn: allowed and said; free: allowed.
+ResumePolicy = Literal["fixed", "warn", "free"]
+
+#: By key or section, the longest match counts. Everything not named is fixed.
+_RESUME_POLICY: dict[str, ResumePolicy] = {
+    "model.attention": "warn",  # the same formula, another order of additions
+    "model.drop_path_rate": "warn",
+    "data.micro_batch_size": "warn",  # accumulation follows; only the order of additions changes
+    "data.train": "free",  # what is in the shards counts, not where they lie: the manifest's digest is compared
+    "data.validation": "free",
+    "data.shards_dir": "free",
+    "data.num_workers": "free",
+    "data.prefetch_batches": "free",
+    "optim.lr": "warn",
+    "optim.min_lr": "warn",
+    "optim.total_steps": "warn",  # stretches the schedule
+    "optim.clip_grad_norm": "warn",
+    "optim.weight_decay": "warn",
+    "engine.activation_checkpointing": "free",
+    "engine.overlap_comm": "free",
+    "engine.max_skipped_steps": "free",
+    "engine.deepspeed_overrides": "warn",
+    "checkpoint": "free",
+    "evaluation": "free",
+    "logging": "free",
+    "cluster": "free",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value differs between the saved run and the one that wants to go on."""
+
+    key: str
+    saved: Any
+    asked: Any
+    policy: ResumePolicy
+
+    def __str__(self) -> str:
+        verdict = {"fixed": "may not change", "warn": "may change, changes the numbers", "free": "may change"}
+        return f"{self.key}: was {self.saved!r}, now {self.asked!r} - {verdict[self.policy]}"
+
+
+def resume_policy(key: str) -> ResumePolicy:
+    """What a resumed run may do with a key."""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        policy = _RESUME_POLICY.get(".".join(parts[:length]))
+        if policy:
+            return policy
+    return "fixed"
+
+
+def changes(saved: dict[str, Any], asked: dict[str, Any]) -> list[Change]:
+    """Compare two flat configurations (dotted keys); keys that only one side has count as None there."""
+    return [
+        Change(key, saved.get(key), asked.get(key), resume_policy(key))
+        for key in dict.fromkeys((*saved, *asked))
+        if saved.get(key) != asked.get(key)
+    ]
+
+
+def cross_section_problems(config: RunConfig) -> list[ConfigProblem]:
+    """Everything that no single field can know. Each problem says which values would fit."""
+    return [*_model_problems(config), *_task_problems(config), *_data_problems(config), *_engine_problems(config)]
+
+
+def _model_problems(config: RunConfig) -> list[ConfigProblem]:
+    model = config.model
+    problems = []
+    per_stage = {
+        "model.num_heads": model.num_heads,
+        "model.pretrained_window_sizes": model.pretrained_window_sizes,
+        "model.attention.backend": model.attention.backend if isinstance(model.attention.backend, tuple) else None,
+    }
+    for key, values in per_stage.items():
+        if values is not None and len(values) != model.num_stages:
+            message = f"has {len(values)} entries; model.depths {model.depths} makes {model.num_stages} stages"
+            problems.append(ConfigProblem(key, message))
+    for stage, (dim, heads) in enumerate(zip(model.stage_dims, model.num_heads, strict=False)):
+        if dim % heads:
+            fits = [n for n in range(1, dim + 1) if dim % n == 0 and dim // n >= 8]
+            nearest = sorted(sorted(fits, key=lambda n: abs(n - heads))[:4])
+            message = f"stage {stage} has width {dim}, which {heads} heads don't divide; near it {nearest} do"
+            problems.append(ConfigProblem("model.num_heads", message))
+    window = max(model.window_shape)
+    largest = max(model.stage_maps[0])
+    if window > largest:
+        fits = [n for n in range(1, largest + 1) if largest % n == 0]
+        message = (
+            f"{window} is larger than the first stage's whole map of {largest} tokens (image {model.image_size}, "
+            f"patch {model.patch_size}); windows that fit: any up to {largest}, and {fits} divide it evenly"
+        )
+        problems.append(ConfigProblem("model.window_size", message))
+    return problems
+
+
+def _task_problems(config: RunConfig) -> list[ConfigProblem]:
+    model, task = config.model, config.task
+    problems = []
+    if task.mask_patch_size % model.patch_size:
+        fits = nearest_multiples(task.mask_patch_size, model.patch_size)
+        message = f"{task.mask_patch_size} is not a multiple of model.patch_size {model.patch_size}; {_either(fits)} fit"
+        problems.append(ConfigProblem("task.mask_patch_size", message))
+    unit = math.lcm(task.mask_patch_size, model.stride)
+    for length in dict.fromkeys(model.image_shape):
+        if length % unit:
+            message = (
+                f"{length} is not a multiple of {unit} (mask unit {task.mask_patch_size} px, encoder stride "
+                f"{model.stride} px); {_either(nearest_multiples(length, unit))} fit"
+            )
+            problems.append(ConfigProblem("model.image_size", message))
+    window = task.target_norm_window
+    if window and (window % 2 == 0 or window > min(model.image_shape)):
+        message = f"{window} must be odd and at most the image's {min(model.image_shape)} px"
+        problems.append(ConfigProblem("task.target_norm_window", message))
+    return problems
+
+
+def _data_problems(config: RunConfig) -> list[ConfigProblem]:
+    data, problems = config.data, []
+    if data.global_batch_size % data.micro_batch_size:
+        fits = [n for n in range(1, data.global_batch_size + 1) if data.global_batch_size % n == 0]
+        nearest = sorted(sorted(fits, key=lambda n: abs(n - data.micro_batch_size))[:4])
+        message = f"{data.micro_batch_size} doesn't divide data.global_batch_size {data.global_batch_size}; {nearest} do"
+        problems.append(ConfigProblem("data.micro_batch_size", message))
+    for key, values in (("data.pixel_mean", data.pixel_mean), ("data.pixel_std", data.pixel_std)):
+        if len(values) != config.model.in_channels:
+            message = f"has {len(values)} values, model.in_channels is {config.model.in_channels}"
+            problems.append(ConfigProblem(key, message))
+    if config.optim.warmup_steps >= config.optim.total_steps:
+        message = f"{config.optim.warmup_steps} leaves nothing of optim.total_steps {config.optim.total_steps}"
+        problems.append(ConfigProblem("optim.warmup_steps", message))
+    return problems
+
+
+def _engine_problems(config: RunConfig) -> list[ConfigProblem]:
+    engine, problems = config.engine, []
+    checkpointing = engine.activation_checkpointing
+    if checkpointing.backend == "fairscale" and engine.precision == "bf16_autocast":
+        message = "fairscale recomputes under fp16 autocast whatever the forward used; use torch here, or precision bf16"
+        problems.append(ConfigProblem("engine.activation_checkpointing.backend", message))
+    if checkpointing.offload and checkpointing.backend != "fairscale":
+        message = f"only fairscale offloads block inputs, the backend is {checkpointing.backend}"
+        problems.append(ConfigProblem("engine.activation_checkpointing.offload", message))
+    for key in _flat_keys(engine.deepspeed_overrides):
+        full = f"engine.deepspeed_overrides.{key}"
+        owner = next((o for k, o in OWNED_BY_CONFIG.items() if key == k or key.startswith(k + ".")), None)
+        if owner:
+            problems.append(ConfigProblem(full, f"is set by {owner}; change it there"))
+        elif key not in DEEPSPEED_KEYS:
+            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, 1)
+            problems.append(ConfigProblem(full, "no such DeepSpeed key", suggestion=near[0] if near else ""))
+    return problems
+
+
+def _either(values: tuple[int, int]) -> str:
+    return f"{values[0]} and {values[1]}" if values[0] != values[1] else str(values[0])
+
+
+def _flat_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        keys += _flat_keys(value, f"{key}.") if isinstance(value, dict) and value else [key]
+    return keys

@@ -1,0 +1,144 @@
+"""RunConfig: everything one job needs, and nothing that it works out for itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from swinv2_scale.config.model import Fraction, ModelConfig, PositiveInt, Section
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+#: A path, a brace pattern (``train-{000000..000127}.tar``), a glob, several joined with ``::``, or ``embedded:NAME``.
+ShardPattern = str | tuple[str, ...]
+
+
+class DataConfig(Section):
+    """Which samples, how many at a time, and how they are read."""
+
+    train: ShardPattern
+    validation: ShardPattern | None = None
+    global_batch_size: PositiveInt
+    #: Samples of one process at once; accumulation follows: global / (micro * processes).
+    micro_batch_size: PositiveInt
+    num_workers: NonNegativeInt = 2
+    #: Batches that each worker keeps ready.
+    prefetch_batches: PositiveInt = 2
+    shuffle: bool = True
+    #: Samples are mixed over this many shards at a time; reading stays inside them.
+    shuffle_shards: PositiveInt = 64
+    #: Where ``embedded:`` data sets are written as tars on their first use.
+    shards_dir: str = "shards"
+    pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)
+
+
+class SimMIMConfig(Section):
+    """Masked image modelling (SimMIM, arXiv 2111.09886), with the values of the released code."""
+
+    name: Literal["simmim"] = "simmim"
+    #: Side of one mask unit in pixels.
+    mask_patch_size: PositiveInt = 32
+    #: Share of the units that is hidden; the count is rounded up.
+    mask_ratio: Annotated[float, Field(gt=0, le=1)] = 0.6
+    #: Side of the sliding window whose mean and variance normalise the target; 0: raw pixels. Odd, as Swin V2's 47.
+    target_norm_window: NonNegativeInt = 0
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.67, 1.0)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+class OptimConfig(Section):
+    """AdamW, clipping, and a schedule that is a function of the step alone."""
+
+    lr: PositiveFloat
+    total_steps: PositiveInt
+    warmup_steps: NonNegativeInt = 0
+    warmup_lr: NonNegativeFloat = 0.0
+    min_lr: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    #: Largest global gradient norm; 0: no clipping.
+    clip_grad_norm: NonNegativeFloat = 5.0
+
+
+class ActivationCheckpointingConfig(Section):
+    """Recompute each block in backward instead of keeping its activations."""
+
+    backend: Literal["none", "torch", "fairscale"] = "none"
+    #: Keep the block inputs in host memory (fairscale only).
+    offload: bool = False
+
+
+class EngineConfig(Section):
+    """DeepSpeed, typed: every key here is translated, sent, and read back from the live engine."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
+    #: ``bf16``: weights and activations in bfloat16, float32 masters. ``bf16_autocast``: float32 weights.
+    precision: Literal["fp32", "bf16", "bf16_autocast"] = "bf16"
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    overlap_comm: bool = True
+    reduce_bucket_elements: PositiveInt = 500_000_000
+    #: ZeRO-3: elements gathered ahead of use; one block of G is 50 million.
+    prefetch_bucket_elements: NonNegativeInt = 100_000_000
+    #: ZeRO-3: parameters smaller than this stay on every rank.
+    param_persistence_elements: NonNegativeInt = 100_000
+    max_live_elements: NonNegativeInt = 1_000_000_000
+    #: So many updates in a row may be skipped for a non-finite loss or gradient before the job stops with 70.
+    max_skipped_steps: NonNegativeInt = 10
+    #: Other DeepSpeed settings, for experts; checked key by key, and none that this file already has a key for.
+    deepspeed_overrides: dict[str, Any] = Field(default_factory=dict)
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep; a checkpoint is always written at the end and when the job is stopped."""
+
+    every_steps: PositiveInt = 1000
+    keep: Annotated[int, Field(ge=2)] = 3
+
+
+class EvaluationConfig(Section):
+    """Loss on held-back shards, with fixed crops and fixed masks."""
+
+    #: 0: only at the end.
+    every_steps: NonNegativeInt = 1000
+    #: At most so many samples of the validation shards, the first ones.
+    samples: PositiveInt = 1024
+
+
+class LoggingConfig(Section):
+    """What a running job shows."""
+
+    console_every_steps: PositiveInt = 10
+    tensorboard: bool = True
+    #: 0: only at the end.
+    panel_every_steps: NonNegativeInt = 1000
+    panel_images: PositiveInt = 8
+
+
+class ClusterConfig(Section):
+    """What the launcher is expected to have started; a mismatch stops the job instead of training on less."""
+
+    num_nodes: PositiveInt | None = None
+    world_size: PositiveInt | None = None
+    #: How long a collective may wait for a rank.
+    timeout_s: PositiveInt = 1800
+
+
+class RunConfig(Section):
+    """One job: one stage of a recipe, in one run directory."""
+
+    model: ModelConfig
+    data: DataConfig
+    task: SimMIMConfig
+    optim: OptimConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    seed: NonNegativeInt = 0

@@ -1,0 +1,161 @@
+"""YAML as plain data plus, for every key, the file and line that set it and what that overrode."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from swinv2_scale.errors import ConfigError, ConfigProblem
+
+KeyPath = tuple[str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-3`` as a string; here it is the number that everybody means."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value and the place that gave it."""
+
+    value: Any
+    where: str
+
+
+@dataclass
+class Settings:
+    """Leaf values by key path; the last entry of each history is the one in force."""
+
+    history: dict[KeyPath, list[Setting]] = field(default_factory=dict)
+
+    def set(self, path: KeyPath, value: Any, where: str) -> None:
+        """Add a value; a whole section replaced by a value, or the other way round, forgets the old shape."""
+        for other in [p for p in self.history if p != path and (p[: len(path)] == path or path[: len(p)] == p)]:
+            del self.history[other]
+        self.history.setdefault(path, []).append(Setting(value, where))
+
+    def where(self, path: KeyPath) -> str:
+        """The place of a key, or of the first key below it, or of the nearest one above."""
+        for length in range(len(path), 0, -1):
+            for known, entries in self.history.items():
+                if known[:length] == path[:length]:
+                    return entries[-1].where
+        return ""
+
+    def tree(self) -> dict[str, Any]:
+        root: dict[str, Any] = {}
+        for path, entries in self.history.items():
+            node = root
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = entries[-1].value
+        return root
+
+
+def read_settings(path: Path) -> Settings:
+    """Read a file and everything it ``extends:``, base first.
+
+    Raises:
+        ConfigError: the file is missing, isn't YAML, or extends itself.
+    """
+    settings = Settings()
+    _read_into(settings, path, ())
+    return settings
+
+
+def apply_overrides(settings: Settings, overrides: list[str]) -> None:
+    """Apply ``key.path=value`` words of the command line; values are read as YAML.
+
+    Raises:
+        ConfigError: a word has no ``=`` or no key.
+    """
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key or word.startswith("-"):
+            raise ConfigError(f"{word!r} is not an override", "write overrides as key.path=value, after the options")
+        where = f"command line {word!r}"
+        value = _parse(text, where, None) if text else None
+        path = tuple(key.split("."))
+        if isinstance(value, dict):
+            for tail, leaf in _leaves(value, ()):
+                settings.set(path + tail, leaf, where)
+        else:
+            settings.set(path, value, where)
+
+
+def _read_into(settings: Settings, path: Path, chain: tuple[Path, ...]) -> None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        origin = f" (extended by {chain[-1]})" if chain else ""
+        raise ConfigError(f"cannot read the configuration {path}{origin}: {error}") from error
+    resolved = path.resolve()
+    if resolved in (p.resolve() for p in chain):
+        raise ConfigError(f"{path} extends itself: {' -> '.join(str(p) for p in (*chain, path))}")
+    lines: dict[KeyPath, int] = {}
+    data = _parse(text, str(path), lines)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, this file holds {type(data).__name__}")
+    base = data.pop("extends", None)
+    for name in [base] if isinstance(base, str) else base or ():
+        _read_into(settings, path.parent / str(name), (*chain, path))
+    for key, value in _leaves(data, ()):
+        settings.set(key, value, f"{path}:{lines.get(key, 1)}")
+
+
+def _leaves(data: dict[str, Any], prefix: KeyPath) -> list[tuple[KeyPath, Any]]:
+    found: list[tuple[KeyPath, Any]] = []
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            found += _leaves(value, (*prefix, str(key)))
+        else:
+            found.append(((*prefix, str(key)), value))
+    return found
+
+
+def _parse(text: str, where: str, lines: dict[KeyPath, int] | None) -> Any:
+    """YAML text as plain data: mappings, tuples for sequences, scalars; no aliases, no tags, no duplicate keys."""
+    loader = _Loader(text)
+    try:
+        for event in yaml.parse(text, _Loader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(f"{where}:{event.start_mark.line + 1}: aliases (*name) are not supported")
+        node = loader.get_single_node()
+        return None if node is None else _build(loader, node, (), where, lines)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark and lines is not None else ""
+        raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def _build(loader: _Loader, node: yaml.Node, path: KeyPath, where: str, lines: dict[KeyPath, int] | None) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node))  # type: ignore[no-untyped-call]
+            line = key_node.start_mark.line + 1
+            if key in result:
+                dotted = ".".join((*path, key))
+                raise ConfigError(
+                    "the configuration can't be read",
+                    problems=(ConfigProblem(dotted, "is written twice", f"{where}:{line}"),),
+                )
+            if lines is not None:
+                lines[(*path, key)] = line
+            result[key] = _build(loader, value_node, (*path, key), where, lines)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return tuple(_build(loader, item, path, where, None) for item in node.value)
+    return loader.construct_object(node)  # type: ignore[no-untyped-call]

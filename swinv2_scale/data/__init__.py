@@ -1,0 +1,1 @@
+"""Shards, their order, and reading them."""

@@ -1,0 +1,100 @@
+"""Real photographs that come with the package, and folders of images, as samples for the shard writer."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from swinv2_scale.data.decode import IMAGE_FORMATS
+from swinv2_scale.data.writer import RawSample, write_shards
+from swinv2_scale.errors import DataError
+
+EMBEDDED_PREFIX = "embedded:"
+#: Name -> samples a shard. fashion-mnist: 8,000 + 2,000 labelled grey photographs of 28x28; photographs: colour
+#: photographs of 200 to 1500 px from scikit-image's wheel (extra "photos"), each cut into overlapping quarters.
+EMBEDDED = {"fashion-mnist/train": 1000, "fashion-mnist/validation": 1000, "photographs/all": 16}
+
+
+def embedded_shards(name: str, shards_dir: Path) -> str:
+    """Write an embedded data set as tars unless that has been done; returns the pattern of its shards.
+
+    Args:
+        name: ``embedded:fashion-mnist/train`` and the like.
+
+    Raises:
+        DataError: no such data set.
+        OutputError: the folder can't be written.
+    """
+    short = name.removeprefix(EMBEDDED_PREFIX)
+    if short not in EMBEDDED:
+        raise DataError(f"no embedded data set {short!r}", f"there are: {', '.join(EMBEDDED)}")
+    folder = shards_dir / short
+    if not folder.exists():
+        samples = photographs() if short == "photographs/all" else fashion_mnist(short.rpartition("/")[2])
+        write_shards(samples, folder, samples_per_shard=EMBEDDED[short], made_by=name)
+    return str(folder / "*.tar")
+
+
+def fashion_mnist(split: str) -> Iterator[RawSample]:
+    """``train`` or ``validation``: PNG and class of each image."""
+    folder = resources.files("swinv2_scale.data") / "embedded"
+
+    def read(kind: str, header: int) -> NDArray[np.uint8]:
+        data = gzip.decompress((folder / f"fashion_mnist-{split}-{kind}.idx.gz").read_bytes())
+        return np.frombuffer(data, np.uint8, offset=header)
+
+    images, labels = read("images", 16).reshape(-1, 28, 28), read("labels", 8)
+    for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+        yield {"__key__": f"{split}-{number:06d}", "png": _encode(Image.fromarray(pixels)), "cls": str(label).encode()}
+
+
+def photographs() -> Iterator[RawSample]:
+    """The colour photographs of scikit-image's wheel, each whole and as four overlapping quarters."""
+    try:
+        folder = Path(str(resources.files("skimage.data")))
+    except ModuleNotFoundError as error:
+        raise DataError("embedded:photographs needs scikit-image", "pip install 'swinv2-scale[photos]'") from error
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower().removeprefix(".") not in IMAGE_FORMATS:
+            continue
+        with Image.open(path) as image:
+            if image.mode != "RGB" or min(image.size) < 200:
+                continue
+            w, h = image.size
+            third, width, height = (w // 3, h // 3), w - w // 3, h - h // 3
+            boxes = [(0, 0, w, h)] + [(x, y, x + width, y + height) for x in (0, third[0]) for y in (0, third[1])]
+            for number, box in enumerate(boxes):
+                yield {"__key__": f"{path.stem}-{number}", "png": _encode(image.crop(box))}
+
+
+def image_folder(folder: Path) -> Iterator[RawSample]:
+    """``folder/CLASS/**/IMAGE`` as torchvision's ImageFolder reads it: classes are numbered in the order of names.
+
+    Images directly in ``folder`` are taken too, without a class. Files keep their bytes.
+
+    Raises:
+        DataError: no image found.
+    """
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_FORMATS and p.is_file())
+    if not found:
+        raise DataError(f"no images below {folder}", f"images are files named *.{', *.'.join(IMAGE_FORMATS)}")
+    for number, path in enumerate(found):
+        sample: RawSample = {"__key__": f"{number:09d}", path.suffix.lower().removeprefix("."): path.read_bytes()}
+        parts = path.relative_to(folder).parts
+        if len(parts) > 1:
+            sample["cls"] = str(classes.index(parts[0])).encode()
+        yield sample
+
+
+def _encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,161 @@
+"""The processes of one job. The only module that calls torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from swinv2_scale.errors import ClusterError, OutputError, PeerLostError, ScaleError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the launcher started, 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Processes on this node; DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
+    environ = os.environ
+    return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start(timeout_s: int) -> None:
+    """Join the other processes; without a launcher, be the only one.
+
+    Raises:
+        ClusterError: the launcher's environment is incomplete, or more processes than GPUs were started.
+    """
+    if world_size() > 1 and ("MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ):
+        raise ClusterError(
+            f"WORLD_SIZE is {world_size()} but MASTER_ADDR or MASTER_PORT is not set",
+            "start with `deepspeed launch/...`, or unset RANK and WORLD_SIZE for one plain process",
+        )
+    # DeepSpeed reads these from the environment even where there is one process.
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise ClusterError(
+                f"local rank {local_rank()} has no GPU: this node has {torch.cuda.device_count()}",
+                "start at most one process per GPU",
+            )
+        torch.cuda.set_device(local_rank())
+        backend = "nccl"
+    else:
+        # Two processes with all cores each would only take them from one another.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(cores // local_world_size(), 1))
+        backend = "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        if world_size() > 1:
+            torch_dist.init_process_group(backend, timeout=timeout)
+        else:
+            torch_dist.init_process_group(
+                backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    except (RuntimeError, ValueError) as error:
+        raise PeerLostError(f"rank {rank()} could not join the other {world_size() - 1} processes: {error}") from error
+
+
+def stop() -> None:
+    """Leave the group; safe to call twice and after a peer was lost."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+@contextmanager
+def peers_may_be_lost(doing: str) -> Iterator[None]:
+    """Turn the backends' errors about a dead or silent peer into PeerLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timed out", "Broken pipe")
+        if not (isinstance(error, torch_dist.DistError) or any(sign in text for sign in signs)):
+            raise
+        first_line = text.strip().splitlines()[0][:300]
+        raise PeerLostError(
+            f"rank {rank()} lost another rank while {doing}: {first_line}",
+            "look for the first error of the other ranks (RUN/log/rank-N.log), then start the job again; it resumes",
+        ) from error
+
+
+def barrier() -> None:
+    torch_dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The element-wise sum over all ranks, in place, and returned."""
+    torch_dist.all_reduce(values)
+    return values
+
+
+def broadcast(value: T | None) -> T:
+    """Rank 0's value on every rank. The value is pickled by torch: only between our own processes."""
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank."""
+    values: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def all_agree(action: Callable[[], T], doing: str) -> T:
+    """Run something that can fail on one rank alone; every rank raises if any did.
+
+    Without this the healthy ranks would wait for the failed one in their next collective.
+
+    Raises:
+        ScaleError: the first failing rank's own error, on every rank.
+    """
+    result: T | None = None
+    failure: ScaleError | None = None
+    try:
+        result = action()
+    except ScaleError as error:
+        failure = error
+    except OSError as error:
+        failure = _from_os_error(error, doing)
+    failures = [f for f in gather(failure) if f is not None]
+    if failures:
+        raise failures[0]
+    return result  # type: ignore[return-value]
+
+
+def on_rank_zero(action: Callable[[], T], doing: str) -> T:
+    """Run on rank 0, give everybody its result, or its error."""
+    result = all_agree(lambda: action() if rank() == 0 else None, doing)
+    return broadcast(result)
+
+
+def _from_os_error(error: OSError, doing: str) -> ScaleError:
+    return OutputError(f"rank {rank()} failed while {doing}: {error}", "free some space or check permissions")

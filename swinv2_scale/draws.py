@@ -1,0 +1,101 @@
+"""Every random number of a training: a hash of (seed, epoch, sample, purpose), never a generator with a state.
+
+So no number depends on which rank or worker drew it, on what was drawn before, or on how often the job was stopped;
+nothing has to be saved in a checkpoint, and recomputing a block draws the same numbers again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+# SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64 bits whose outputs for 0, 1, 2, ... pass statistical tests.
+_GAMMA, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def key_of(*parts: int | str) -> int:
+    """64 bits that depend on every part; parts of different types or lengths never collide by concatenation."""
+    text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def mix(value: int) -> int:
+    """SplitMix64's output for one 64-bit state."""
+    value = (value + _GAMMA) & _MASK
+    value = ((value ^ (value >> 30)) * _MIX_A) & _MASK
+    value = ((value ^ (value >> 27)) * _MIX_B) & _MASK
+    return value ^ (value >> 31)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one sample in one epoch.
+
+    Args:
+        seed: the run's seed.
+        epoch: how often the data set has been seen; validation uses one fixed name instead.
+        sample: the sample's id, unique in its data set.
+    """
+
+    seed: int
+    epoch: int | str
+    sample: str
+
+    def key(self, purpose: str) -> int:
+        return key_of(self.seed, self.epoch, self.sample, purpose)
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        """A fresh numpy generator; Philox's stream is specified, the same on every platform."""
+        return np.random.Generator(np.random.Philox(key=self.key(purpose)))
+
+    def tensor_key(self, purpose: str) -> int:
+        """The key as a signed 64-bit number, to ride with the batch."""
+        key = self.key(purpose)
+        return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """Where ``index`` lands in a pseudo-random permutation of ``range(size)``, without making the permutation.
+
+    A four-round Feistel network on the smallest even number of bits that holds ``size``, walked until it lands inside.
+    """
+    half = max((max(size - 1, 1).bit_length() + 1) // 2, 1)
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for round_number in range(4):
+            left, right = right, left ^ (mix(right ^ key ^ (round_number << 56)) & low)
+        index = (left << half) | right
+        if index < size:
+            return index
+
+
+def uniform(keys: Tensor, stream: int) -> Tensor:
+    """One uniform number in [0, 1) per key, on the keys' device.
+
+    Args:
+        keys: int64 (B,), one per sample.
+        stream: which of the sample's numbers, 0, 1, 2, ...
+
+    Returns:
+        float32 (B,), multiples of 2**-24.
+    """
+    state = keys + _signed((_GAMMA * (stream + 1)) & _MASK)
+    state = (state ^ _shift_right(state, 30)) * _signed(_MIX_A)
+    state = (state ^ _shift_right(state, 27)) * _signed(_MIX_B)
+    state = state ^ _shift_right(state, 31)
+    return _shift_right(state, 40).to(torch.float32) * 2.0**-24
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's ``>>`` on int64 copies the sign bit."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,260 @@
+"""Checkpoints: save -> verify -> publish -> prune. A reader only ever sees complete ones.
+
+``checkpoints/step-00000123/`` holds DeepSpeed's own files, ``state.json`` (ours) and ``manifest.json`` with the size and
+SHA-256 of every file. It is written under another name and renamed once all ranks have finished; there is no pointer
+file that could be torn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+
+from swinv2_scale import dist
+from swinv2_scale.engine.step import TrainState
+from swinv2_scale.errors import CheckpointError, ConfigError, OutputError
+from swinv2_scale.telemetry.console import log
+
+#: The only classes that a DeepSpeed checkpoint of ours may hold beside tensors and plain data.
+ALLOWED_CLASSES = [ZeroStageEnum, LossScaler]
+_MANIFEST, _STATE, _PREFIX, _PART = "manifest.json", "state.json", "step-", ".part-"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of a checkpoint."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint and what its manifest says."""
+
+    path: Path
+    step: int
+    world_size: int
+    files: tuple[FileRecord, ...]
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's writer, which notes what it wrote and fails after the collective; its reader, which runs no code."""
+
+    def __init__(self) -> None:
+        self.name = "SafeCheckpointEngine"
+        self.written: list[Path] = []
+        self.failure: OSError | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        # Raising here would leave the other ranks waiting in save_checkpoint's barriers; publish() asks afterwards.
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            self.failure = error if isinstance(error, OSError) else OSError(f"{path}: {error}")
+        self.written.append(Path(path))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(ALLOWED_CLASSES):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def publish(engine: Any, folder: Path, state: TrainState, facts: dict[str, Any], keep: int) -> Path:
+    """Save a checkpoint with all ranks and publish it when every byte of every rank is on disk.
+
+    Args:
+        folder: RUN/checkpoints.
+        facts: what else a resumed run has to know; JSON.
+        keep: how many published checkpoints stay.
+
+    Raises:
+        OutputError: on every rank, if any rank couldn't write. Older checkpoints are untouched.
+    """
+    target = folder / f"{_PREFIX}{state.step:08d}"
+    part = folder / f"{_PART}{target.name}"
+    writer = SafeCheckpointEngine()
+
+    def prepare() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+
+    dist.on_rank_zero(prepare, f"starting the checkpoint {target}")
+    with _engine_writes_with(engine, writer):
+        engine.save_checkpoint(str(folder), tag=part.name, save_latest=False)
+    records = _agreed(lambda: _describe(writer), part, target)
+    all_records = [record for rank_records in dist.gather(records) for record in rank_records]
+
+    def finish() -> None:
+        state_file = part / _STATE
+        _write_json(state_file, {**asdict(state), **facts})
+        manifest = {
+            "step": state.step,
+            "world_size": dist.world_size(),
+            "files": [asdict(r) for r in sorted([*all_records, _record(state_file)], key=lambda r: r.name)],
+        }
+        _write_json(part / _MANIFEST, manifest)
+        _sync_folder(part)
+        shutil.rmtree(target, ignore_errors=True)  # an unverified one of the same step, from a life before a fall-back
+        part.rename(target)
+        _sync_folder(folder)
+        _prune(folder, keep)
+
+    _agreed(lambda: finish() if dist.rank() == 0 else None, part, target)
+    return target
+
+
+def find(folder: Path) -> list[Checkpoint]:
+    """Published checkpoints, newest step first; the order is the manifest's, never a time stamp's."""
+    found = []
+    for path in folder.glob(f"{_PREFIX}*"):
+        try:
+            data = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+            files = tuple(FileRecord(**item) for item in data["files"])
+            found.append(Checkpoint(path, int(data["step"]), int(data["world_size"]), files))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log().warning("%s is not a complete checkpoint, it is passed over: %r", path, error)
+    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+
+def newest_verified(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is as it was written; called by all ranks, each hashing a share.
+
+    Raises:
+        CheckpointError: there are checkpoints, but no whole one.
+    """
+    candidates = dist.on_rank_zero(lambda: find(folder), f"looking for checkpoints in {folder}")
+    for checkpoint in candidates:
+        mine = checkpoint.files[dist.rank() :: dist.world_size()]
+        damage = [line for lines in dist.gather(_damage(checkpoint.path, mine)) for line in lines]
+        if not damage:
+            return checkpoint
+        log().warning("checkpoint %s is damaged, falling back to the one before: %s", checkpoint.path, damage[0])
+    if candidates:
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {folder} is whole (the log names each damaged file)",
+            "restore one from a copy, or start a new run with another --run-dir",
+        )
+    return None
+
+
+def read_state(checkpoint: Checkpoint) -> tuple[TrainState, dict[str, Any]]:
+    """Our part of a checkpoint: the training's state, and the facts that publish() was given."""
+    data = json.loads((checkpoint.path / _STATE).read_text(encoding="utf-8"))
+    state = TrainState(*(data.pop(key) for key in ("step", "samples_seen", "skipped_in_a_row")))
+    return state, data
+
+
+def load(engine: Any, checkpoint: Checkpoint) -> None:
+    """Load weights, masters and optimizer states into a fresh engine.
+
+    Raises:
+        ConfigError: the checkpoint was written by another number of processes.
+        CheckpointError: on every rank, if any rank couldn't load.
+    """
+    if checkpoint.world_size != dist.world_size():
+        raise ConfigError(
+            f"{checkpoint.path} was written by {checkpoint.world_size} processes, this job has {dist.world_size()}",
+            f"start it with {checkpoint.world_size} processes; other numbers are not possible yet",
+        )
+
+    def load_own() -> None:
+        try:
+            with _engine_writes_with(engine, SafeCheckpointEngine()):
+                engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+        except (OSError, RuntimeError, AssertionError, KeyError, EOFError) as error:
+            raise CheckpointError(f"rank {dist.rank()} cannot load {checkpoint.path}: {error!r}") from error
+
+    dist.all_agree(load_own, f"loading {checkpoint.path}")
+
+
+def remove_unpublished(folder: Path) -> None:
+    """Delete what a killed save left behind; by rank 0, while it holds the run directory's lock."""
+    for path in folder.glob(f"{_PART}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _engine_writes_with(engine: Any, writer: SafeCheckpointEngine) -> Iterator[None]:
+    usual, engine.checkpoint_engine = engine.checkpoint_engine, writer
+    # DeepSpeed copies two scripts into every checkpoint, outside its writer; a full disk would raise on rank 0 alone.
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = usual
+        del engine._copy_recovery_script
+
+
+def _describe(writer: SafeCheckpointEngine) -> list[FileRecord]:
+    if writer.failure is not None:
+        raise writer.failure
+    return [_record(path) for path in writer.written]
+
+
+def _agreed(action: Any, part: Path, target: Path) -> Any:
+    try:
+        return dist.all_agree(action, f"writing the checkpoint {target}")
+    except OutputError:
+        if dist.rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _record(path: Path) -> FileRecord:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return FileRecord(path.name, path.stat().st_size, digest.hexdigest())
+
+
+def _damage(folder: Path, records: tuple[FileRecord, ...]) -> list[str]:
+    lines = []
+    for record in records:
+        path = folder / record.name
+        try:
+            found = _record(path)
+        except OSError as error:
+            lines.append(f"{path}: {error.strerror}")
+            continue
+        if found.bytes != record.bytes:
+            lines.append(f"{path} has {found.bytes} bytes, its manifest says {record.bytes}")
+        elif found.sha256 != record.sha256:
+            lines.append(f"{path} has SHA-256 {found.sha256[:12]}.., its manifest says {record.sha256[:12]}..")
+    return lines
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for checkpoint in find(folder)[keep:]:
+        shutil.rmtree(checkpoint.path, ignore_errors=True)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

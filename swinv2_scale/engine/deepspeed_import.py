@@ -1,0 +1,27 @@
+"""DeepSpeed, imported the one way it is used here; other modules of the engine take it from this one."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+# Detection works, but warns on every rank that no GPU was found.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+
+# Otherwise DeepSpeed compiles a shared-memory transport on the first CPU run: minutes, and a C++ compiler.
+if not torch.cuda.is_available():
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+#: DeepSpeed's own logger writes to the console from every rank; its lines go to RUN/log/rank-N.log instead.
+deepspeed_logger = logging.getLogger("DeepSpeed")
+for _handler in list(deepspeed_logger.handlers):
+    deepspeed_logger.removeHandler(_handler)
+deepspeed_logger.propagate = False
+
+__all__ = ["deepspeed", "deepspeed_logger"]

@@ -1,0 +1,160 @@
+"""The training loop, the same for every task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from swinv2_scale import dist
+from swinv2_scale.config.run import RunConfig
+from swinv2_scale.data.loader import Batch
+from swinv2_scale.engine.optim import learning_rate
+from swinv2_scale.engine.preemption import StopRequest
+from swinv2_scale.engine.step import StepResult, TrainState, train_step
+from swinv2_scale.errors import DivergedError, ExitCode, OutputError, ScaleError
+from swinv2_scale.tasks.base import Task
+from swinv2_scale.telemetry.console import ProgressLine, log
+from swinv2_scale.telemetry.metrics import peak_memory_bytes
+
+
+@dataclass
+class Loop:
+    """Steps until the end, a stop signal or an error, with everything that happens between steps.
+
+    Args:
+        engine: the live DeepSpeed engine.
+        batches: this rank's micro-batches from ``state`` on.
+        num_micro_batches: how many of them make a step.
+        validate: returns the validation loss; called by all ranks.
+        draw_panel: writes the picture of a step; called by all ranks.
+        save: publishes a checkpoint; called by all ranks.
+        write_row: keeps a metrics row; called by rank 0 alone.
+        last_step: stop cleanly after this one; the schedule doesn't know about it.
+    """
+
+    engine: Any
+    task: Task
+    config: RunConfig
+    state: TrainState
+    batches: Iterator[Batch]
+    num_micro_batches: int
+    validate: Callable[[], float] | None
+    draw_panel: Callable[[int], None] | None
+    save: Callable[[TrainState], None]
+    write_row: Callable[[dict[str, Any]], None]
+    progress: ProgressLine
+    stop_request: StopRequest
+    last_step: int
+
+    def run(self) -> ExitCode:
+        """
+        Raises:
+            ScaleError: on every rank the same one.
+        """
+        saved_step = self.state.step
+        failure: ScaleError | None = None
+        while self.state.step < self.last_step:
+            started = time.perf_counter()
+            batches: list[Batch] = []
+            if failure is None:
+                batches, failure = self._fetch()
+            waited = time.perf_counter() - started
+            if self._boundary(failure):
+                if self.state.step > saved_step:
+                    self.save(self.state)
+                return ExitCode.STOPPED
+            lr = learning_rate(self.state.step, self.config.optim)
+            result = train_step(self.engine, self.task, batches, lr)
+            self.state = self.state.advanced(self.config.data.global_batch_size, result.is_applied)
+            self._check_skipped(result)
+            failure = self._between_steps(result, lr, waited, started)
+            if self.state.step % self.config.checkpoint.every_steps == 0 or self.state.step == self.last_step:
+                dist.all_agree(lambda: _raise_if(failure), "writing the metrics")
+                self.save(self.state)
+                saved_step = self.state.step
+        return ExitCode.DONE
+
+    def _fetch(self) -> tuple[list[Batch], ScaleError | None]:
+        """The micro-batches of one step, or this rank's reason why not; told to the others at the boundary."""
+        try:
+            return [next(self.batches) for _ in range(self.num_micro_batches)], None
+        except ScaleError as error:
+            return [], error
+
+    def _boundary(self, failure: ScaleError | None) -> bool:
+        """The one place of a step where ranks agree on failures and stop signals. True: stop."""
+        flags = torch.tensor([failure is not None, self.stop_request.is_made], device=self.engine.device).int()
+        has_failed, must_stop = dist.sum_over_ranks(flags).tolist()
+        if has_failed:
+            dist.all_agree(lambda: _raise_if(failure), "training")
+        if must_stop:
+            name = self.stop_request.signal.name if self.stop_request.signal else "a signal to another rank"
+            log().info("stopping after step %d: %s", self.state.step, name)
+        return bool(must_stop)
+
+    def _check_skipped(self, result: StepResult) -> None:
+        if result.is_applied:
+            return
+        log().warning(
+            "step %d: the %s was not finite; the update was skipped, no weight has changed",
+            self.state.step,
+            "gradient" if result.loss == result.loss and abs(result.loss) != float("inf") else "loss",
+        )
+        limit = self.config.engine.max_skipped_steps
+        if self.state.skipped_in_a_row > limit:
+            raise DivergedError(
+                f"{self.state.skipped_in_a_row} updates in a row were skipped for a non-finite loss or gradient, the "
+                f"last at step {self.state.step} (engine.max_skipped_steps is {limit})",
+                "lower optim.lr or optim.clip_grad_norm, or lengthen optim.warmup_steps, and start again from the last "
+                "checkpoint; weights in it are finite",
+            )
+
+    def _between_steps(
+        self, result: StepResult, lr: float, waited: float, started: float
+    ) -> ScaleError | None:
+        """Metrics, validation and panel of a step; returns rank 0's failure to write, to be told at the boundary."""
+        step, evaluation, logging = self.state.step, self.config.evaluation, self.config.logging
+        seconds = time.perf_counter() - started
+        rate = self.config.data.global_batch_size / seconds
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "samples_seen": self.state.samples_seen,
+            "data_digest": result.data_digest,
+            "step_seconds": round(seconds, 6),
+            "data_seconds": round(waited, 6),
+            "images_per_second": round(rate, 3),
+        }
+        if not result.is_applied:
+            row["skipped"] = True
+        is_end = step == self.config.optim.total_steps
+        if self.validate is not None and _is_due(step, evaluation.every_steps, is_end):
+            row["validation_loss"] = self.validate()
+            log().info("step %d: validation loss %.4f", step, row["validation_loss"])
+        self.progress.show(
+            step, result.loss, rate, waited / seconds, seconds, peak_memory_bytes(self.engine.device)
+        )
+        failure: ScaleError | None = None
+        if dist.rank() == 0:
+            try:
+                self.write_row(row)
+            except OSError as error:
+                failure = OutputError(f"cannot write the metrics of step {step}: {error}", "free some space")
+        if self.draw_panel is not None and _is_due(step, logging.panel_every_steps, is_end):
+            self.draw_panel(step)
+        return failure
+
+
+def _is_due(step: int, every: int, is_end: bool) -> bool:
+    return is_end or (every > 0 and step % every == 0)
+
+
+def _raise_if(failure: ScaleError | None) -> None:
+    if failure is not None:
+        raise failure

@@ -1,0 +1,49 @@
+"""AdamW's parameter groups, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from swinv2_scale.config.run import OptimConfig
+
+#: Parts of names that are never decayed, beside biases and vectors. Source: the released code's keyword lists.
+_NO_DECAY = ("cpb_mlp", "logit_scale", "mask_token")
+
+
+def is_decayed(name: str, shape: torch.Size) -> bool:
+    """Whether weight decay applies: not to vectors, biases, the bias MLP, logit scales and the mask token."""
+    return len(shape) > 1 and not name.endswith("bias") and not any(part in name for part in _NO_DECAY)
+
+
+def build_optimizer(model: nn.Module, shapes: dict[str, torch.Size], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over two groups, decayed and not.
+
+    Args:
+        shapes: whole shapes by name; under ZeRO-3 the parameters themselves are empty.
+    """
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (decayed if is_decayed(name, shapes[name]) else others).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=torch.cuda.is_available()
+    )
+
+
+def learning_rate(step: int, config: OptimConfig) -> float:
+    """The rate of update ``step`` (counted from 0): linear warm-up, then half a cosine down to ``min_lr``.
+
+    A pure function: nothing to save, nothing to restore.
+    """
+    if step < config.warmup_steps:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.total_steps - config.warmup_steps, 1)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

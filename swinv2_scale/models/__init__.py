@@ -1,0 +1,1 @@
+"""Swin V2, and the operations that it is made of."""

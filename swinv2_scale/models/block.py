@@ -1,0 +1,120 @@
+"""One Swin V2 block: cosine window attention and an MLP, each normalised *after* it, before the residual addition.
+
+Shapes: x is (B, L, C), tokens of one map in row-major order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from swinv2_scale import draws
+from swinv2_scale.geometry import Size
+from swinv2_scale.models.ops.attend import Attend
+from swinv2_scale.models.position_bias import PositionBias
+from swinv2_scale.models.tiles import tiling
+
+#: Temperature of a fresh head, and the largest multiplier: the paper keeps tau above 0.01.
+INITIAL_LOGIT_SCALE = math.log(10.0)
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+class QkvLinear(nn.Linear):
+    """A Linear whose bias is handed in: queries and values have one, keys don't (sec. "qkv" of the released code)."""
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
+
+
+class WindowAttention(nn.Module):
+    """Scaled cosine attention inside windows; holds the parameters, hands the arithmetic to a backend."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: Size, pretrained_window: int, attend: Attend) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.attend = attend
+        self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
+        self.cpb_mlp = PositionBias(num_heads, pretrained_window, len(window_size))
+        self.qkv = QkvLinear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.empty(dim))
+        self.v_bias = nn.Parameter(torch.empty(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, map_size: Size, shifted: bool) -> Tensor:
+        batch, length, dim = x.shape
+        tiles = tiling(map_size, self.window_size, shifted, x.device)
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = self.qkv(x, bias).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
+        scale = self.logit_scale.to(wide).clamp(max=MAX_LOGIT_SCALE).exp().flatten()
+        table = self.cpb_mlp.table(tiles.window_size, x.device)
+        out: Tensor = self.proj(self.attend(qkv, scale, table, tiles).reshape(batch, length, dim))
+        return out
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (erf), Linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """x + norm1(attention(x)), then x + norm2(mlp(x)); every few blocks of H and G a norm3 on the main branch.
+
+    Args:
+        index: the block's number in the whole model; picks its drop-path numbers.
+        shifted: True for every second block of a stage.
+        drop_path: probability of dropping a branch for a sample.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        window_size: Size,
+        pretrained_window: int,
+        attend: Attend,
+        mlp_ratio: float,
+        drop_path: float,
+        index: int,
+        shifted: bool,
+        extra_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.index, self.shifted, self.drop_path_rate = index, shifted, drop_path
+        self.attn = WindowAttention(dim, num_heads, window_size, pretrained_window, attend)
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim) if extra_norm else None
+
+    def forward(self, x: Tensor, map_size: Size, drop_keys: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: (B, L, C).
+            map_size: tokens along each axis, their product is L.
+            drop_keys: int64 (B,), what each sample's drop path is drawn from; None drops nothing.
+        """
+        x = x + self._drop_path(self.norm1(self.attn(x, map_size, self.shifted)), drop_keys, 0)
+        x = x + self._drop_path(self.norm2(self.mlp(x)), drop_keys, 1)
+        return x if self.norm3 is None else self.norm3(x)
+
+    def _drop_path(self, branch: Tensor, drop_keys: Tensor | None, which: int) -> Tensor:
+        # A dropped branch is computed all the same: under ZeRO-3 every rank must call the same modules.
+        if drop_keys is None or self.drop_path_rate == 0.0:
+            return branch
+        kept = draws.uniform(drop_keys, 2 * self.index + which) >= self.drop_path_rate
+        return branch * (kept / (1 - self.drop_path_rate)).to(branch.dtype)[:, None, None]

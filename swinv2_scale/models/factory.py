@@ -1,0 +1,56 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from swinv2_scale.config.model import VARIANTS, ModelConfig
+from swinv2_scale.errors import ConfigError
+from swinv2_scale.models.backbone import SwinV2
+from swinv2_scale.models.initialise import initial_values
+
+_PREFIX = "swinv2_"
+
+
+def list_models() -> list[str]:
+    """The names that create_model takes."""
+    return [_PREFIX + variant for variant in VARIANTS]
+
+
+def create_model(name: str, *, seed: int = 0, **fields: Any) -> SwinV2:
+    """Build a Swin V2 with initialised weights.
+
+    Args:
+        name: one of list_models().
+        seed: what the weights are drawn from.
+        fields: any field of ModelConfig: image_size, window_size, num_classes, depths, ...
+
+    Raises:
+        ConfigError: unknown name or field, or a value that doesn't fit.
+    """
+    if name not in list_models():
+        near = difflib.get_close_matches(name, list_models(), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"no model {name!r}{hint}", f"one of: {', '.join(list_models())}")
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    try:
+        config = ModelConfig.model_validate({**fields, "variant": name.removeprefix(_PREFIX)})
+    except ValidationError as error:
+        raise ConfigError(f"{name} cannot be built: {error}") from None
+    model = SwinV2(config)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        initialise(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Give every parameter of an unpartitioned model its first value."""
+    parameters = dict(model.named_parameters())
+    for name, value in initial_values(model, {name: p.shape for name, p in parameters.items()}, seed):
+        parameters[name].copy_(value)

@@ -1,0 +1,1 @@
+"""Window attention behind one contract (attend.py)."""

@@ -1,0 +1,49 @@
+"""The attention contract, and the choice of a backend.
+
+Letters: B images, L tokens of one map (row-major), N heads, D head_dim, n tokens of a tile.
+
+1. A backend owns gather, normalisation, scale, bias expansion, softmax and the table's gradient; the caller owns
+   parameters, both projections, the MLP that makes the table, and drop path.
+2. q and k are normalised in float32 (float64 for float64); logits, scale, bias, softmax and the gradients of scale and
+   table stay in float32, autocast off. A zero vector normalises to zero and passes no gradient.
+3. Same input, same bits, forward and backward: no float atomics.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from swinv2_scale.models.ops import torch_attention
+from swinv2_scale.models.tiles import Tiling
+
+
+class Attend(Protocol):
+    def __call__(self, qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling) -> Tensor:
+        """softmax(logit_scale * cos(q, k) + bias) v inside every tile: all between the qkv and the output projection.
+
+        Args:
+            qkv: (B, L, 3, N, D), compute type, map order, as the Linear left it.
+            logit_scale: (N,) float32, the multiplier: exp(clamp(parameter, max=log 100)) is done by the caller.
+            bias_table: (N, 2*w_0-1, 2*w_1-1, ..) float32, 16*sigmoid applied; [n, w-1+dy, w-1+dx], d = query - key.
+            tiles: which tokens attend to each other.
+
+        Returns:
+            (B, L, N, D) in qkv's type, map order; differentiable in the first three arguments.
+        """
+        ...
+
+
+def resolve(backend: str, max_score_bytes: int) -> Attend:
+    """The function behind a backend's name; called once, in a constructor.
+
+    Raises:
+        KeyError: unknown name (the configuration has refused it before).
+    """
+    backends: dict[str, Attend] = {
+        "eager": torch_attention.eager,
+        "sequential": partial(torch_attention.sequential, max_score_bytes=max_score_bytes),
+    }
+    return backends[backend]

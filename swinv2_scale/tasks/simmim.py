@@ -1,0 +1,215 @@
+"""SimMIM: hide most of an image, predict the hidden pixels with one linear layer.
+
+Shapes: images (B, C_in, H, W); ``hidden`` (B, H/unit, W/unit), True = hidden, everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from swinv2_scale.config.run import RunConfig
+from swinv2_scale.data.decode import decode_image
+from swinv2_scale.data.loader import Batch, Sample
+from swinv2_scale.data.reader import Record
+from swinv2_scale.data.transforms import central_resized_crop, random_resized_crop, to_array
+from swinv2_scale.draws import Draw
+from swinv2_scale.geometry import Size
+from swinv2_scale.models.backbone import SwinV2
+
+#: Grey that stands for hidden pixels in panels.
+_HIDDEN_GREY = 128
+
+
+def draw_hidden(units: Size, ratio: float, draw: Draw) -> NDArray[np.bool_]:
+    """Which mask units are hidden: ``ceil(ratio * units)`` of them, drawn without replacement.
+
+    Returns:
+        bool array of shape ``units``, True = hidden.
+    """
+    total = math.prod(units)
+    # The smallest of as many uniform numbers: numpy promises `random`'s stream, not `permutation`'s.
+    chosen = np.argsort(draw.generator("mask").random(total), kind="stable")[: math.ceil(ratio * total)]
+    hidden = np.zeros(total, np.bool_)
+    hidden[chosen] = True
+    return hidden.reshape(units)
+
+
+class SimMIM(nn.Module):
+    """Encoder, mask token and the pixel-shuffle head, named as in the released code.
+
+    Args:
+        config: its sections model, task and data are read.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        model = config.model
+        self.mask_patch_size = config.task.mask_patch_size
+        self.target_norm_window = config.task.target_norm_window
+        self.pixel_mean, self.pixel_std = config.data.pixel_mean, config.data.pixel_std
+        self.encoder = SwinV2(model)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(model.stage_dims[-1], model.stride**2 * model.in_channels, kernel_size=1),
+            nn.PixelShuffle(model.stride),
+        )
+
+    def forward(self, images: Tensor, hidden: Tensor, drop_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            images: uint8 (B, C_in, H, W).
+            hidden: bool (B, H/unit, W/unit).
+            drop_keys: int64 (B,) for drop path; None drops nothing.
+
+        Returns:
+            (B,) float32, each sample's mean absolute error over its hidden pixels and channels; and the prediction,
+            float32 (B, C_in, H, W), in normalised pixels.
+        Source: SimMIM (arXiv 2111.09886) sec. 3; every sample hides the same number of pixels, so the mean over
+        samples is the released loss. Sums are in float32: in half precision they overflow with a few images.
+        """
+        pixels = self.normalised(images)
+        encoder = self.encoder
+        tokens, map_size = encoder.patch_embed(pixels.to(encoder.patch_embed.proj.weight.dtype))
+        repeat = self.mask_patch_size // encoder.config.patch_size
+        hidden_tokens = _repeated(hidden, repeat).flatten(1)[..., None]
+        tokens = torch.where(hidden_tokens, self.mask_token.to(tokens.dtype), tokens)
+        features, map_size = encoder.forward_levels(tokens, map_size, drop_keys)[-1]
+        features = encoder.norm(features).transpose(1, 2).unflatten(2, map_size)
+        prediction = self.decoder(features).float()
+        error = (self.target(pixels) - prediction).abs()
+        hidden_pixels = _repeated(hidden, self.mask_patch_size)[:, None].float()
+        count = hidden_pixels.sum((1, 2, 3)) * images.shape[1]
+        return (error * hidden_pixels).sum((1, 2, 3)) / count, prediction
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """uint8 pixels to float32 of about zero mean and unit variance."""
+        mean = torch.tensor(self.pixel_mean, dtype=torch.float32, device=images.device)[:, None, None]
+        std = torch.tensor(self.pixel_std, dtype=torch.float32, device=images.device)[:, None, None]
+        return (images.float() / 255 - mean) / std
+
+    def target(self, pixels: Tensor) -> Tensor:
+        """What is to be predicted: the pixels, or the pixels normalised by a sliding window around each.
+
+        Source: Swin V2's released SimMIM recipes normalise with a window of 47; the mean and the unbiased variance are
+        over the part of the window that lies inside the image.
+        """
+        window = self.target_norm_window
+        if not window:
+            return pixels
+
+        def local_mean(x: Tensor) -> Tensor:
+            return F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=False)
+
+        ones = torch.ones_like(pixels[:1, :1])
+        count = F.avg_pool2d(ones, window, stride=1, padding=window // 2) * window**2
+        mean = local_mean(pixels)
+        variance = (local_mean(pixels.square()) - mean.square()).clamp_min(0) * count / (count - 1)
+        return (pixels - mean) / (variance + 1e-6).sqrt()
+
+
+class SimMIMTask:
+    """The pre-training task (see tasks/base.py for the contract)."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.units = tuple(length // config.task.mask_patch_size for length in config.model.image_shape)
+
+    def build_model(self) -> nn.Module:
+        return SimMIM(self.config)
+
+    def training_sample(self, record: Record, draw: Draw) -> Sample:
+        task = self.config.task
+        image = random_resized_crop(
+            decode_image(record, self.config.model.in_channels),
+            self.config.model.image_shape,
+            task.crop_scale,
+            task.crop_ratio,
+            task.interpolation,
+            draw.generator("crop"),
+        )
+        pixels = to_array(image)
+        if draw.generator("flip").random() < task.flip_probability:
+            pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+        return self._sample(pixels, draw)
+
+    def evaluation_sample(self, record: Record, draw: Draw) -> Sample:
+        image = decode_image(record, self.config.model.in_channels)
+        cropped = central_resized_crop(image, self.config.model.image_shape, self.config.task.interpolation)
+        return self._sample(to_array(cropped), draw)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        keys = batch.arrays["drop_keys"] if self.config.model.drop_path_rate else None
+        losses, _ = model(batch.arrays["images"], batch.arrays["hidden"], keys)
+        mean: Tensor = losses.mean()
+        return mean
+
+    def evaluation_sums(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses, _ = model(batch.arrays["images"], batch.arrays["hidden"])
+        weights = batch.arrays["weight"].double()
+        return torch.stack(((losses.double() * weights).sum(), weights.sum()))
+
+    def panel(self, model: nn.Module, batch: Batch, title: str) -> Image.Image:
+        """Rows of original | masked | reconstruction; the reconstruction shows visible pixels as they are.
+
+        A normalised target has no brightness of its own, and borrowing the target's would leak it: such predictions
+        are shown around mid-grey.
+        """
+        images, hidden = batch.arrays["images"], batch.arrays["hidden"]
+        _, prediction = model(images, hidden)
+        if self.config.task.target_norm_window:
+            predicted = 0.5 + prediction.cpu() / 6
+        else:
+            mean = torch.tensor(self.config.data.pixel_mean)[:, None, None]
+            predicted = prediction.cpu() * torch.tensor(self.config.data.pixel_std)[:, None, None] + mean
+        predicted = (predicted.clamp(0, 1) * 255).round().to(torch.uint8)
+        mask = _repeated(hidden.cpu(), self.config.task.mask_patch_size)[:, None]
+        original = images.cpu()
+        masked = torch.where(mask, torch.full_like(original, _HIDDEN_GREY), original)
+        return draw_panel([original, masked, torch.where(mask, predicted, original)], title)
+
+    def _sample(self, pixels: NDArray[np.uint8], draw: Draw) -> Sample:
+        return {
+            "images": pixels,
+            "hidden": draw_hidden(self.units, self.config.task.mask_ratio, draw),
+            "drop_keys": np.asarray(draw.tensor_key("drop_path"), np.int64),
+        }
+
+
+def draw_panel(columns: list[Tensor], title: str) -> Image.Image:
+    """Rows of images side by side under their names, in two blocks when there are more than four.
+
+    Args:
+        columns: original, masked, reconstruction: uint8 (B, 1 or 3, H, W) each.
+    """
+    names = ("original", "masked", "reconstruction")
+    count, channels, height, width = columns[0].shape
+    if channels not in (1, 3):
+        columns, channels = [column[:, :1] for column in columns], 1
+    zoom = max(1, 112 // max(height, width))
+    cell_h, cell_w, gap, head = height * zoom, width * zoom, 4, 34
+    blocks = 2 if count > 4 else 1
+    rows = -(-count // blocks)
+    block_w = 3 * (cell_w + gap) + 2 * gap
+    picture = Image.new("RGB", (blocks * block_w, head + rows * (cell_h + gap)), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((gap, 3), title, fill="black")
+    for number in range(count):
+        block, row = divmod(number, rows)
+        for place, column in enumerate(columns):
+            x, y = block * block_w + gap + place * (cell_w + gap), head + row * (cell_h + gap)
+            pixels = column[number].expand(3, height, width).permute(1, 2, 0).contiguous().numpy()
+            picture.paste(Image.fromarray(pixels).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
+            pen.text((x, 18), names[place], fill="black")
+    return picture
+
+
+def _repeated(hidden: Tensor, times: int) -> Tensor:
+    """Each mask unit as ``times`` x ``times`` tokens or pixels."""
+    return hidden.repeat_interleave(times, 1).repeat_interleave(times, 2)

@@ -1,0 +1,66 @@
+"""``metrics.jsonl``: exactly one line a step, also after kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class MetricsFile:
+    """Appends one JSON object a step.
+
+    Args:
+        path: the file; rows past ``resumed_step`` belong to a future that is trained anew, and are dropped.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= resumed_step] if path.exists() else []
+        part = path.with_name(path.name + ".part")
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row; numbers that JSON has no word for become null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make the rows survive a power cut; called when a checkpoint says that they exist."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole rows; a last line cut by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory so far: the allocator's on a GPU, resident set of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,42 @@
+"""Scalars and pictures for TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+
+#: What of a metrics row is drawn, and under which heading.
+_SCALARS = {
+    "loss": "train/loss",
+    "validation_loss": "validation/loss",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "images_per_second": "speed/images_per_second",
+    "step_seconds": "speed/step_seconds",
+    "data_seconds": "speed/data_seconds",
+}
+
+
+class TensorBoard:
+    """Writes event files; a resumed run hides what a killed one wrote after the checkpoint."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step is where TensorBoard forgets; nothing to forget in a new run.
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)  # type: ignore[no-untyped-call]
+
+    def row(self, row: dict[str, Any]) -> None:
+        for key, tag in _SCALARS.items():
+            if row.get(key) is not None:
+                self._writer.add_scalar(tag, row[key], row["step"])
+
+    def image(self, tag: str, image: Image, step: int) -> None:
+        self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
