@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from swinv2_scale.errors import ClusterError, OutputError, PeerLostError, ScaleError
 
@@ -75,9 +76,7 @@ def start(timeout_s: int) -> None:
         if world_size() > 1:
             torch_dist.init_process_group(backend, timeout=timeout)
         else:
-            torch_dist.init_process_group(
-                backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
+            torch_dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise PeerLostError(f"rank {rank()} could not join the other {world_size() - 1} processes: {error}") from error
 
@@ -95,7 +94,13 @@ def peers_may_be_lost(doing: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timed out", "Broken pipe")
+        signs = (
+            "Connection closed by peer",
+            "Connection reset by peer",
+            "Timed out waiting",
+            "timed out",
+            "Broken pipe",
+        )
         if not (isinstance(error, torch_dist.DistError) or any(sign in text for sign in signs)):
             raise
         first_line = text.strip().splitlines()[0][:300]

@@ -33,9 +33,7 @@ def effective_window(window_size: Size, map_size: Size) -> Size:
 
 def effective_shift(window_size: Size, map_size: Size) -> Size:
     """The shift of every second block: half a window, but none on an axis that fits in one window."""
-    return tuple(
-        0 if length <= window else window // 2 for window, length in zip(window_size, map_size, strict=True)
-    )
+    return tuple(0 if length <= window else window // 2 for window, length in zip(window_size, map_size, strict=True))
 
 
 def coordinate_divisor(pretrained_window: int, effective: Size) -> Size:

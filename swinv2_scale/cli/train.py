@@ -7,8 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.config.loader import LoadedConfig, load_config
-from swinv2_scale.errors import ConfigError, ExitCode, ScaleError
+from swinv2_scale.errors import ExitCode, ScaleError
 
 
 def pretrain(argv: list[str] | None = None) -> int:
@@ -35,17 +36,8 @@ def _run(loaded: LoadedConfig, arguments: argparse.Namespace) -> ExitCode:
 
 def default_run_dir(config: Path) -> Path:
     """``configs/quickstart/simmim.yaml`` -> ``runs/quickstart-simmim``."""
-    return Path("runs") / "-".join([p for p in config.parent.parts[-1:] if p not in ("configs", "/", "..", ".")] + [config.stem])
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.print_usage(sys.stderr)
-        raise SystemExit(self._said(ConfigError(message)))
-
-    def _said(self, error: ConfigError) -> int:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.exit_code)
+    folder = config.parent.name
+    return Path("runs") / (config.stem if folder in ("", "configs") else f"{folder}-{config.stem}")
 
 
 def _steps(text: str) -> int:
@@ -55,8 +47,8 @@ def _steps(text: str) -> int:
     return value
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, allow_abbrev=False)
+def _parser(description: str) -> ArgumentParser:
+    parser = ArgumentParser(description=description)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers put it first
     parser.add_argument("--config", "--cfg", required=True, metavar="FILE", help="the stage's YAML file")
     parser.add_argument("--run-dir", metavar="DIR", help="where everything is written (default: runs/NAME-OF-CONFIG)")

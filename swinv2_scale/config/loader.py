@@ -140,7 +140,9 @@ def _problems(error: ValidationError, settings: Settings) -> list[ConfigProblem]
             message = f"{format_value(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
         by_key.setdefault(key, []).append(message)
     return [
-        ConfigProblem(".".join(key), "; or ".join(dict.fromkeys(messages)), settings.where(key), suggestions.get(key, ""))
+        ConfigProblem(
+            ".".join(key), "; or ".join(dict.fromkeys(messages)), settings.where(key), suggestions.get(key, "")
+        )
         for key, messages in by_key.items()
     ]
 

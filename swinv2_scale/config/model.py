@@ -85,7 +85,7 @@ class ModelConfig(Section):
     @property
     def stride(self) -> int:
         """Pixels of one token of the last stage, along each axis."""
-        return self.patch_size * 2 ** (self.num_stages - 1)
+        return self.patch_size << (self.num_stages - 1)
 
     @property
     def stage_dims(self) -> tuple[int, ...]:

@@ -114,7 +114,9 @@ def _task_problems(config: RunConfig) -> list[ConfigProblem]:
     problems = []
     if task.mask_patch_size % model.patch_size:
         fits = nearest_multiples(task.mask_patch_size, model.patch_size)
-        message = f"{task.mask_patch_size} is not a multiple of model.patch_size {model.patch_size}; {_either(fits)} fit"
+        message = (
+            f"{task.mask_patch_size} is not a multiple of model.patch_size {model.patch_size}; {_either(fits)} fit"
+        )
         problems.append(ConfigProblem("task.mask_patch_size", message))
     unit = math.lcm(task.mask_patch_size, model.stride)
     for length in dict.fromkeys(model.image_shape):
@@ -136,7 +138,9 @@ def _data_problems(config: RunConfig) -> list[ConfigProblem]:
     if data.global_batch_size % data.micro_batch_size:
         fits = [n for n in range(1, data.global_batch_size + 1) if data.global_batch_size % n == 0]
         nearest = sorted(sorted(fits, key=lambda n: abs(n - data.micro_batch_size))[:4])
-        message = f"{data.micro_batch_size} doesn't divide data.global_batch_size {data.global_batch_size}; {nearest} do"
+        message = (
+            f"{data.micro_batch_size} doesn't divide data.global_batch_size {data.global_batch_size}; {nearest} do"
+        )
         problems.append(ConfigProblem("data.micro_batch_size", message))
     for key, values in (("data.pixel_mean", data.pixel_mean), ("data.pixel_std", data.pixel_std)):
         if len(values) != config.model.in_channels:
@@ -152,7 +156,9 @@ def _engine_problems(config: RunConfig) -> list[ConfigProblem]:
     engine, problems = config.engine, []
     checkpointing = engine.activation_checkpointing
     if checkpointing.backend == "fairscale" and engine.precision == "bf16_autocast":
-        message = "fairscale recomputes under fp16 autocast whatever the forward used; use torch here, or precision bf16"
+        message = (
+            "fairscale recomputes under fp16 autocast whatever the forward used; use torch here, or precision bf16"
+        )
         problems.append(ConfigProblem("engine.activation_checkpointing.backend", message))
     if checkpointing.offload and checkpointing.backend != "fairscale":
         message = f"only fairscale offloads block inputs, the backend is {checkpointing.backend}"

@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -129,7 +129,8 @@ def _parse(text: str, where: str, lines: dict[KeyPath, int] | None) -> Any:
     try:
         for event in yaml.parse(text, _Loader):
             if isinstance(event, yaml.AliasEvent):
-                raise ConfigError(f"{where}:{event.start_mark.line + 1}: aliases (*name) are not supported")
+                line = f":{event.start_mark.line + 1}" if event.start_mark else ""
+                raise ConfigError(f"{where}{line}: aliases (*name) are not supported")
         node = loader.get_single_node()
         return None if node is None else _build(loader, node, (), where, lines)
     except yaml.YAMLError as error:
@@ -137,14 +138,14 @@ def _parse(text: str, where: str, lines: dict[KeyPath, int] | None) -> Any:
         line = f":{mark.line + 1}" if mark and lines is not None else ""
         raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _build(loader: _Loader, node: yaml.Node, path: KeyPath, where: str, lines: dict[KeyPath, int] | None) -> Any:
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(loader.construct_object(key_node))  # type: ignore[no-untyped-call]
+            key = str(loader.construct_object(key_node))
             line = key_node.start_mark.line + 1
             if key in result:
                 dotted = ".".join((*path, key))
@@ -158,4 +159,4 @@ def _build(loader: _Loader, node: yaml.Node, path: KeyPath, where: str, lines: d
         return result
     if isinstance(node, yaml.SequenceNode):
         return tuple(_build(loader, item, path, where, None) for item in node.value)
-    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node)

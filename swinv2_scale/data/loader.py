@@ -48,7 +48,7 @@ class PositionDataset(Dataset[Any]):
     def __getitem__(self, position: int) -> tuple[Sample, int] | DataError:
         place = self.order.locate(position)
         try:
-            record = self.reader.read(place.shard, place.index)
+            record = self.reader.read(place.shard, place.sample)
             epoch = self.fixed_epoch if self.fixed_epoch is not None else place.epoch
             sample = self.make_sample(record, Draw(self.order.seed, epoch, record.id))
         except DataError as error:
@@ -107,7 +107,9 @@ def evaluation_batches(
     starts = [r * stride + rank * micro_batch_size for r in range(rounds)]
     wanted = [range(start, start + micro_batch_size) for start in starts]
     dataset = PositionDataset(shards, order, make_sample, "evaluation")
-    for positions, batch in zip(wanted, _batches(dataset, [_wrapped(p, num_samples) for p in wanted], 0, 1), strict=True):
+    for positions, batch in zip(
+        wanted, _batches(dataset, [_wrapped(p, num_samples) for p in wanted], 0, 1), strict=True
+    ):
         batch.arrays["weight"] = torch.tensor([float(position < num_samples) for position in positions])
         yield batch
 
@@ -124,9 +126,7 @@ class _StepPositions:
 
     def __iter__(self) -> Iterator[range]:
         for step in self.steps:
-            yield from positions_of(
-                step, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size
-            )
+            yield from positions_of(step, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size)
 
 
 def _wrapped(positions: range, size: int) -> list[int]:

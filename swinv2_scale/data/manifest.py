@@ -1,8 +1,8 @@
 """What is in a folder of shards: one ``manifest.json`` and, beside each tar, where its samples lie.
 
 A shard is a plain WebDataset tar; the files of one sample follow each other and share the name up to the first dot.
-``NAME.tar.index`` holds three little-endian uint64 for each sample: offset, length and CRC-32 of its bytes in the tar, so
-that any sample is one read of 24 bytes and one of its own range.
+``NAME.tar.index`` holds three little-endian uint64 for each sample: offset, length and CRC-32 of its bytes in the tar,
+so that any sample is one read of 24 bytes and one of its own range.
 """
 
 from __future__ import annotations
@@ -147,9 +147,7 @@ def read_manifest(folder: Path) -> dict[str, ShardEntry]:
             raise DataError(f"{path} has format {data['format']!r}, this version reads {_FORMAT!r}")
         return {item["name"]: ShardEntry(**item) for item in data["shards"]}
     except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} has no {MANIFEST_NAME}", f"make one: swinv2-scale shards index {folder}"
-        ) from error
+        raise DataError(f"{folder} has no {MANIFEST_NAME}", f"make one: swinv2-scale shards index {folder}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a manifest: {error!r}", "make a new one: swinv2-scale shards index") from error
 
@@ -201,7 +199,9 @@ def _sample_ranges(path: Path) -> list[tuple[int, int]]:
                     ranges[-1] = (ranges[-1][0], end - ranges[-1][0])
                     continue
                 if key in keys:
-                    raise DataError(f"{path}: the files of sample {key!r} don't follow each other, or it is there twice")
+                    raise DataError(
+                        f"{path}: the files of sample {key!r} don't follow each other, or it is there twice"
+                    )
                 keys.add(key)
                 current = key
                 ranges.append((member.offset, end - member.offset))

@@ -19,7 +19,7 @@ class Place(NamedTuple):
 
     epoch: int
     shard: int
-    index: int
+    sample: int
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Checkpoints: save -> verify -> publish -> prune. A reader only ever sees complete ones.
 
-``checkpoints/step-00000123/`` holds DeepSpeed's own files, ``state.json`` (ours) and ``manifest.json`` with the size and
-SHA-256 of every file. It is written under another name and renamed once all ranks have finished; there is no pointer
+``checkpoints/step-00000123/`` holds DeepSpeed's own files, ``state.json`` (ours) and ``manifest.json`` with the size
+and SHA-256 of every file. It is written under another name and renamed once all ranks have finished; there is no pointer
 file that could be torn.
 """
 
@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from swinv2_scale import dist
+from swinv2_scale.engine.deepspeed_import import LossScaler, TorchCheckpointEngine, ZeroStageEnum
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.errors import CheckpointError, ConfigError, OutputError
 from swinv2_scale.telemetry.console import log
@@ -51,7 +49,7 @@ class Checkpoint:
     files: tuple[FileRecord, ...]
 
 
-class SafeCheckpointEngine(TorchCheckpointEngine):
+class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
     """DeepSpeed's writer, which notes what it wrote and fails after the collective; its reader, which runs no code."""
 
     def __init__(self) -> None:

@@ -53,7 +53,8 @@ def translate(config: RunConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": None,
     }
     if engine.precision == "bf16" and engine.zero_stage:
-        # (Stage 0 has no such choice in DeepSpeed 0.19.8: "unsupported mix".) Micro-batches are added up in float32: DeepSpeed's default is the model's own type.
+        # Micro-batches are added up in float32: the default is the model's own type. Stage 0 has no such choice
+        # in DeepSpeed 0.19.8 ("unsupported mix").
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     if engine.precision == "bf16_autocast":
         # No module is "safe" to communicate in bf16: the weights are float32 and stay so between ranks.
@@ -94,9 +95,7 @@ def read_back(live: Any, config: RunConfig, world_size: int) -> None:
         if asked[key] != found[key]
     )
     if problems:
-        raise ConfigError(
-            "DeepSpeed doesn't run what was asked for:", "check engine.deepspeed_overrides", problems
-        )
+        raise ConfigError("DeepSpeed doesn't run what was asked for:", "check engine.deepspeed_overrides", problems)
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
 
     def draw_panel(step: int) -> None:
         batch = dist.all_agree(lambda: next(held_back(panel_images, spread=False)), "reading the panel's images")
-        title = f"step {step}  {config.model.variant}  mask {config.task.mask_ratio:.0%} in {config.task.mask_patch_size} px"
+        title = f"step {step}, {config.task.mask_ratio:.0%} hidden in units of {config.task.mask_patch_size} px"
         image = evaluate.panel(engine, task, batch, title)
         dist.all_agree(lambda: writer.panel(image, step) if writer else None, "writing the panel")
 
@@ -153,8 +153,7 @@ def build_engine(config: RunConfig, task: Task) -> Any:
     """The DeepSpeed engine around a task's freshly initialised model, checked against the configuration."""
     started = time.perf_counter()
     ds_config = translate(config, dist.world_size())
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    model = zero.build(task.build_model, ds_config, dtype)
+    model = zero.build(task.build_model, ds_config)
     shapes = zero.full_shapes(model)
     zero.assign(model, initial_values(model, shapes, config.seed))
     activation_checkpointing.apply(model, config.engine.activation_checkpointing)
@@ -247,7 +246,7 @@ def _open_shards(config: RunConfig) -> tuple[ShardSet, ShardSet | None]:
     validation = None
     if config.data.validation is not None:
         validation = _open_shard_set(config, config.data.validation, "validation")
-        both = set(p.resolve() for p in train.paths) & set(p.resolve() for p in validation.paths)
+        both = {p.resolve() for p in train.paths} & {p.resolve() for p in validation.paths}
         if both:
             raise DataError(f"{min(both)} is in data.train and in data.validation", "hold some shards back")
     return train, validation
@@ -377,6 +376,11 @@ def _say_result(code: ExitCode, state: TrainState, config: RunConfig, directory:
     if code == ExitCode.STOPPED:
         log().info("stopped at step %d with a checkpoint; the same command goes on (exit code %d)", state.step, code)
     elif state.step == config.optim.total_steps:
-        log().info("done: %d steps. Pictures: %s  curves: tensorboard --logdir %s", state.step, directory.panels, directory.root)
+        log().info(
+            "done: %d steps. Pictures: %s  curves: tensorboard --logdir %s",
+            state.step,
+            directory.panels,
+            directory.root,
+        )
     else:
         log().info("step %d reached, checkpoint written; the same command goes on", state.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class Loop:
             self._check_skipped(result)
             failure = self._between_steps(result, lr, waited, started)
             if self.state.step % self.config.checkpoint.every_steps == 0 or self.state.step == self.last_step:
-                dist.all_agree(lambda: _raise_if(failure), "writing the metrics")
+                dist.all_agree(partial(_raise_if, failure), "writing the metrics")
                 self.save(self.state)
                 saved_step = self.state.step
         return ExitCode.DONE
@@ -113,9 +114,7 @@ class Loop:
                 "checkpoint; weights in it are finite",
             )
 
-    def _between_steps(
-        self, result: StepResult, lr: float, waited: float, started: float
-    ) -> ScaleError | None:
+    def _between_steps(self, result: StepResult, lr: float, waited: float, started: float) -> ScaleError | None:
         """Metrics, validation and panel of a step; returns rank 0's failure to write, to be told at the boundary."""
         step, evaluation, logging = self.state.step, self.config.evaluation, self.config.logging
         seconds = time.perf_counter() - started
@@ -137,9 +136,7 @@ class Loop:
         if self.validate is not None and _is_due(step, evaluation.every_steps, is_end):
             row["validation_loss"] = self.validate()
             log().info("step %d: validation loss %.4f", step, row["validation_loss"])
-        self.progress.show(
-            step, result.loss, rate, waited / seconds, seconds, peak_memory_bytes(self.engine.device)
-        )
+        self.progress.show(step, result.loss, rate, waited / seconds, seconds, peak_memory_bytes(self.engine.device))
         failure: ScaleError | None = None
         if dist.rank() == 0:
             try:

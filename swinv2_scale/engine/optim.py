@@ -33,9 +33,7 @@ def build_optimizer(model: nn.Module, shapes: dict[str, torch.Size], config: Opt
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=torch.cuda.is_available()
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=torch.cuda.is_available())
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:

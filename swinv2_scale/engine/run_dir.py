@@ -56,7 +56,9 @@ class RunDirectory:
                 folder.mkdir(parents=True, exist_ok=True)
             lock = (self.root / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"cannot write the run directory {self.root}: {error}", "choose another --run-dir") from error
+            raise OutputError(
+                f"cannot write the run directory {self.root}: {error}", "choose another --run-dir"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -13,7 +13,7 @@ from swinv2_scale import dist
 from swinv2_scale.engine.deepspeed_import import deepspeed
 
 
-def build(build_model: Callable[[], nn.Module], ds_config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def build(build_model: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:
     """Build a model, at ZeRO stage 3 with every parameter partitioned as soon as it is made.
 
     The values are undefined: ``zero.Init`` silently drops what constructors write, so nothing relies on them.
@@ -21,7 +21,9 @@ def build(build_model: Callable[[], nn.Module], ds_config: dict[str, Any], dtype
     if ds_config["zero_optimization"]["stage"] < 3:
         return build_model().to(dist.device())
     deepspeed.init_distributed()  # wraps the group of dist.start(); zero.Init takes the world size from it
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype):
+    # No dtype= here: zero.Init 0.19.8 reads `dtype or fp16 if supported else bf16`, which makes float32 into bfloat16
+    # on a CPU. It takes the right type from the configuration.
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
         return build_model()
 
 

@@ -115,13 +115,15 @@ class SwinV2(nn.Module):
 
     def forward_features_pyramid(self, images: Tensor) -> list[Tensor]:
         """Images -> one (B, C, h, w) map a stage, the last one normalised."""
-        levels = self.forward_levels(*self.patch_embed(images), self._keys(images))
+        x, map_size = self.patch_embed(images)
+        levels = self.forward_levels(x, map_size, self._keys(images))
         levels[-1] = (self.norm(levels[-1][0]), levels[-1][1])
-        return [x.transpose(1, 2).unflatten(2, size) for x, size in levels]
+        return [x.transpose(1, 2).reshape(len(x), x.shape[2], *size) for x, size in levels]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images -> (B, C): the normalised last level, averaged over its tokens."""
-        x, _ = self.forward_levels(*self.patch_embed(images), self._keys(images))[-1]
+        x, map_size = self.patch_embed(images)
+        x, _ = self.forward_levels(x, map_size, self._keys(images))[-1]
         pooled: Tensor = self.norm(x).mean(1)
         return pooled
 

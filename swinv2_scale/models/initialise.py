@@ -30,9 +30,7 @@ def initial_values(model: nn.Module, shapes: dict[str, torch.Size], seed: int) -
         yield name, _initial_value(modules, owner_name, leaf, shape, key_of(seed, "init", name))
 
 
-def _initial_value(
-    modules: dict[str, nn.Module], owner_name: str, leaf: str, shape: torch.Size, key: int
-) -> Tensor:
+def _initial_value(modules: dict[str, nn.Module], owner_name: str, leaf: str, shape: torch.Size, key: int) -> Tensor:
     owner = modules[owner_name]
     generator = torch.Generator().manual_seed(key >> 1)
     value = torch.zeros(shape)

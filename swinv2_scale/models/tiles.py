@@ -64,8 +64,7 @@ def tiling(map_size: Size, window_size: Size, shifted: bool, device: torch.devic
             tokens = position[tuple(slice(start, start + size) for start, size in tile)].reshape(-1)
             by_shape.setdefault(tuple(size for _, size in tile), []).append(tokens)
         groups = tuple(
-            TileGroup(shape, torch.stack(tokens).to(device))
-            for shape, tokens in sorted(by_shape.items(), reverse=True)
+            TileGroup(shape, torch.stack(tokens).to(device)) for shape, tokens in sorted(by_shape.items(), reverse=True)
         )
         order = torch.cat([group.tokens.flatten() for group in groups])
         return Tiling(window, groups, order, torch.argsort(order))

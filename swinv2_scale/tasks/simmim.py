@@ -81,7 +81,7 @@ class SimMIM(nn.Module):
         hidden_tokens = _repeated(hidden, repeat).flatten(1)[..., None]
         tokens = torch.where(hidden_tokens, self.mask_token.to(tokens.dtype), tokens)
         features, map_size = encoder.forward_levels(tokens, map_size, drop_keys)[-1]
-        features = encoder.norm(features).transpose(1, 2).unflatten(2, map_size)
+        features = encoder.norm(features).transpose(1, 2).reshape(len(images), -1, *map_size)
         prediction = self.decoder(features).float()
         error = (self.target(pixels) - prediction).abs()
         hidden_pixels = _repeated(hidden, self.mask_patch_size)[:, None].float()

@@ -27,7 +27,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step is where TensorBoard forgets; nothing to forget in a new run.
-        self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
 
     def row(self, row: dict[str, Any]) -> None:
         for key, tag in _SCALARS.items():

@@ -26,9 +26,7 @@ def eager(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling) -
         return to_map(torch.cat(pieces, 1), tiles)
 
 
-def sequential(
-    qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling, *, max_score_bytes: int
-) -> Tensor:
+def sequential(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling, *, max_score_bytes: int) -> Tensor:
     """The same numbers piece by piece, keeping only the inputs for backward, where each piece is recomputed.
 
     Tiles are split first, then heads, then query rows, until the scores and the expanded bias of one piece fit in
@@ -116,12 +114,12 @@ class _Sequential(torch.autograd.Function):
             bias = expanded.detach().requires_grad_()
             dbias = torch.zeros_like(bias)
             for t in tile_slices:
-                leaves = [x.detach().requires_grad_() for x in (q[t, heads, queries], k[t, heads], v[t, heads])]
+                lq, lk, lv = (x.detach().requires_grad_() for x in (q[t, heads, queries], k[t, heads], v[t, heads]))
                 scale = logit_scale[heads].detach().requires_grad_()
                 with torch.enable_grad():
-                    piece = _tile_attention(*leaves, scale, bias)
+                    piece = _tile_attention(lq, lk, lv, scale, bias)
                 gq, gk, gv, gscale, gbias = torch.autograd.grad(
-                    piece, (*leaves, scale, bias), grads[0][t, heads, queries]
+                    piece, (lq, lk, lv, scale, bias), grads[0][t, heads, queries]
                 )
                 dq[t, heads, queries] = gq
                 dk[t, heads] += gk

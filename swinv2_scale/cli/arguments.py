@@ -1,0 +1,21 @@
+"""argparse with our exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NoReturn
+
+from swinv2_scale.errors import ExitCode
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Abbreviations are off (a new option would change their meaning); usage errors exit like a bad configuration."""
+
+    def __init__(self, prog: str | None = None, description: str | None = None, **options: object) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(int(ExitCode.BAD_CONFIG))

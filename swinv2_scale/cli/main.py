@@ -1,0 +1,26 @@
+"""``swinv2-scale``: one subcommand a room of this folder; each imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import sys
+
+from swinv2_scale.cli import config, shards
+from swinv2_scale.cli.arguments import ArgumentParser
+from swinv2_scale.errors import ScaleError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand and turn typed errors into one message and an exit code."""
+    parser = ArgumentParser("swinv2-scale", "Swin Transformer V2, from Tiny to SwinV2-G.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    config.add_commands(commands)
+    shards.add_commands(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ScaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except BrokenPipeError:  # `swinv2-scale ... | head`
+        sys.stderr.close()
+    return 0
