@@ -1,8 +1,8 @@
 """Checkpoints: save -> verify -> publish -> prune. A reader only ever sees complete ones.
 
 ``checkpoints/step-00000123/`` holds DeepSpeed's own files, ``state.json`` (ours) and ``manifest.json`` with the size
-and SHA-256 of every file. It is written under another name and renamed once all ranks have finished; there is no pointer
-file that could be torn.
+and SHA-256 of every file. It is written under another name and renamed once all ranks have finished; there is no
+pointer file that could be torn.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,18 +22,37 @@ from swinv2_scale.telemetry.console import ProgressLine, log
 from swinv2_scale.telemetry.metrics import peak_memory_bytes
 
 
+class BetweenSteps(Protocol):
+    """What happens besides training. Everything but ``write_row`` is called by all ranks together."""
+
+    @property
+    def has_validation(self) -> bool: ...
+
+    def save(self, state: TrainState) -> None:
+        """Publish a checkpoint."""
+        ...
+
+    def validate(self) -> float:
+        """The validation loss."""
+        ...
+
+    def draw_panel(self, step: int) -> None:
+        """Write the picture of a step."""
+        ...
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Keep a metrics row; may raise OSError on rank 0."""
+        ...
+
+
 @dataclass
 class Loop:
-    """Steps until the end, a stop signal or an error, with everything that happens between steps.
+    """Steps until the end, a stop signal or an error.
 
     Args:
         engine: the live DeepSpeed engine.
         batches: this rank's micro-batches from ``state`` on.
         num_micro_batches: how many of them make a step.
-        validate: returns the validation loss; called by all ranks.
-        draw_panel: writes the picture of a step; called by all ranks.
-        save: publishes a checkpoint; called by all ranks.
-        write_row: keeps a metrics row; called by rank 0 alone.
         last_step: stop cleanly after this one; the schedule doesn't know about it.
     """
 
@@ -43,10 +62,7 @@ class Loop:
     state: TrainState
     batches: Iterator[Batch]
     num_micro_batches: int
-    validate: Callable[[], float] | None
-    draw_panel: Callable[[int], None] | None
-    save: Callable[[TrainState], None]
-    write_row: Callable[[dict[str, Any]], None]
+    between_steps: BetweenSteps
     progress: ProgressLine
     stop_request: StopRequest
     last_step: int
@@ -66,16 +82,16 @@ class Loop:
             waited = time.perf_counter() - started
             if self._boundary(failure):
                 if self.state.step > saved_step:
-                    self.save(self.state)
+                    self.between_steps.save(self.state)
                 return ExitCode.STOPPED
             lr = learning_rate(self.state.step, self.config.optim)
             result = train_step(self.engine, self.task, batches, lr)
             self.state = self.state.advanced(self.config.data.global_batch_size, result.is_applied)
+            failure = self._finish_step(result, lr, waited, started)
             self._check_skipped(result)
-            failure = self._between_steps(result, lr, waited, started)
             if self.state.step % self.config.checkpoint.every_steps == 0 or self.state.step == self.last_step:
                 dist.all_agree(partial(_raise_if, failure), "writing the metrics")
-                self.save(self.state)
+                self.between_steps.save(self.state)
                 saved_step = self.state.step
         return ExitCode.DONE
 
@@ -114,7 +130,7 @@ class Loop:
                 "checkpoint; weights in it are finite",
             )
 
-    def _between_steps(self, result: StepResult, lr: float, waited: float, started: float) -> ScaleError | None:
+    def _finish_step(self, result: StepResult, lr: float, waited: float, started: float) -> ScaleError | None:
         """Metrics, validation and panel of a step; returns rank 0's failure to write, to be told at the boundary."""
         step, evaluation, logging = self.state.step, self.config.evaluation, self.config.logging
         seconds = time.perf_counter() - started
@@ -133,18 +149,17 @@ class Loop:
         if not result.is_applied:
             row["skipped"] = True
         is_end = step == self.config.optim.total_steps
-        if self.validate is not None and _is_due(step, evaluation.every_steps, is_end):
-            row["validation_loss"] = self.validate()
+        if self.between_steps.has_validation and _is_due(step, evaluation.every_steps, is_end):
+            row["validation_loss"] = self.between_steps.validate()
             log().info("step %d: validation loss %.4f", step, row["validation_loss"])
         self.progress.show(step, result.loss, rate, waited / seconds, seconds, peak_memory_bytes(self.engine.device))
         failure: ScaleError | None = None
-        if dist.rank() == 0:
-            try:
-                self.write_row(row)
-            except OSError as error:
-                failure = OutputError(f"cannot write the metrics of step {step}: {error}", "free some space")
-        if self.draw_panel is not None and _is_due(step, logging.panel_every_steps, is_end):
-            self.draw_panel(step)
+        try:
+            self.between_steps.write_row(row)
+        except OSError as error:
+            failure = OutputError(f"cannot write the metrics of step {step}: {error}", "free some space")
+        if self.between_steps.has_validation and _is_due(step, logging.panel_every_steps, is_end):
+            self.between_steps.draw_panel(step)
         return failure
 
 

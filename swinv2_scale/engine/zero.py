@@ -74,10 +74,11 @@ def assign_masters(engine: Any, values: Iterable[tuple[str, Tensor]]) -> None:
 
 def _stage_zero_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
     """Stage 0 in bf16 keeps its masters in lists beside the weights, which DeepSpeed's setters don't know."""
-    weights, masters = getattr(engine.optimizer, "fp16_groups", ()), getattr(engine.optimizer, "fp32_groups", ())
+    if not hasattr(engine.optimizer, "fp32_groups"):
+        return {}
     return {
         weight: master
-        for group, master_group in zip(weights, masters, strict=True)
+        for group, master_group in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
         for weight, master in zip(group, master_group, strict=True)
     }
 

@@ -1,0 +1,55 @@
+"""What rank 0 writes while training: metrics, TensorBoard, panels, and the run's own records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL.Image import Image
+
+from swinv2_scale import dist
+from swinv2_scale.config.loader import LoadedConfig, to_yaml
+from swinv2_scale.engine.checkpoint import remove_unpublished
+from swinv2_scale.engine.resume import versions
+from swinv2_scale.engine.run_dir import RunDirectory
+from swinv2_scale.telemetry.metrics import MetricsFile
+from swinv2_scale.telemetry.tensorboard import TensorBoard
+
+
+class Output:
+    """The open files of a run; made by rank 0 alone, while it holds the run directory's lock.
+
+    Args:
+        resumed_step: what was written after it belongs to a future that is trained anew.
+
+    Raises:
+        OSError: something can't be written.
+    """
+
+    def __init__(self, loaded: LoadedConfig, directory: RunDirectory, resumed_step: int) -> None:
+        remove_unpublished(directory.checkpoints)
+        directory.write_config(to_yaml(loaded))
+        directory.record_life(from_step=resumed_step, world_size=dist.world_size(), **versions())
+        self._panels = directory.panels
+        self._metrics = MetricsFile(directory.metrics, resumed_step)
+        self._board = TensorBoard(directory.tensorboard, resumed_step) if loaded.config.logging.tensorboard else None
+
+    def row(self, row: dict[str, Any]) -> None:
+        """One step's metrics."""
+        self._metrics.write(row)
+        if self._board:
+            self._board.row(row)
+
+    def panel(self, image: Image, step: int) -> None:
+        """One step's picture."""
+        image.save(self._panels / f"step-{step:08d}.png")
+        if self._board:
+            self._board.image("panel", image, step)
+
+    def sync(self) -> None:
+        """Before a checkpoint says that the steps so far exist."""
+        self._metrics.sync()
+
+    def close(self) -> None:
+        self._metrics.close()
+        if self._board:
+            self._board.close()

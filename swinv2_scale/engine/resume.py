@@ -1,0 +1,82 @@
+"""From where a job goes on, and whether it may: the checkpoint's run compared with the one that is asked for."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from typing import Any, Literal
+
+from swinv2_scale.config.loader import flatten
+from swinv2_scale.config.rules import changes
+from swinv2_scale.config.run import RunConfig
+from swinv2_scale.data.manifest import ShardSet
+from swinv2_scale.engine import checkpoint
+from swinv2_scale.engine.checkpoint import Checkpoint
+from swinv2_scale.engine.run_dir import RunDirectory
+from swinv2_scale.errors import CheckpointError, ConfigError, DataError, OutputError
+from swinv2_scale.telemetry.console import log
+
+Resume = Literal["auto", "required", "never"]
+
+
+def find_checkpoint(resume: Resume, directory: RunDirectory, config: RunConfig, train: ShardSet) -> Checkpoint | None:
+    """The newest whole checkpoint of the run directory, if its run is this one; called by all ranks.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged, or one is required and there is none.
+        OutputError: a new run is wanted where there is one already.
+        ConfigError: a key differs that may not change.
+        DataError: the training shards differ.
+    """
+    found = checkpoint.newest_verified(directory.checkpoints)
+    if found is None:
+        if resume == "required":
+            raise CheckpointError(
+                f"--resume required, but {directory.checkpoints} holds no checkpoint",
+                "correct --run-dir, or start a new run with --resume auto",
+            )
+        return None
+    if resume == "never":
+        raise OutputError(
+            f"--resume never, but {directory.root} holds a run at step {found.step}",
+            "choose another --run-dir for a new run; nothing here is overwritten",
+        )
+    _, facts = checkpoint.read_state(found)
+    _compare_runs(facts, config, train, directory)
+    log().info("resuming from %s: step %d, every file verified", found.path, found.step)
+    return found
+
+
+def facts_of(config: RunConfig, train: ShardSet) -> dict[str, Any]:
+    """What a checkpoint says about its run."""
+    return {"config": _plain(config), "train_digest": train.digest, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that the numbers depend on."""
+    names = ("swinv2-scale", "torch", "deepspeed", "webdataset", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _compare_runs(facts: dict[str, Any], config: RunConfig, train: ShardSet, directory: RunDirectory) -> None:
+    differing = changes(facts["config"], _plain(config))
+    if any(change.policy == "fixed" for change in differing):
+        lines = "".join(f"\n  - {change}" for change in differing)
+        raise ConfigError(
+            f"{directory.root} holds a run of another configuration:{lines}",
+            "take the values back that may not change, or choose another --run-dir for a new run",
+        )
+    for change in differing:
+        log().info("changed since the checkpoint: %s", change)
+    if facts["train_digest"] != train.digest:
+        raise DataError(
+            f"the training shards are not the ones that {directory.root} was trained on (their manifests differ)",
+            "point data.train to the same shards, or choose another --run-dir for a new run",
+        )
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """Flat, and as JSON gives it back: lists for tuples."""
+    flat: dict[str, Any] = json.loads(json.dumps({".".join(key): value for key, value in flatten(config).items()}))
+    return flat

@@ -1,0 +1,1 @@
+"""Real processes, real shards: what several tests start from."""

@@ -1,0 +1,141 @@
+"""A run that is stopped, killed or started again gives the numbers of a run that never was."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.processes import Job, pretrain, start_pretrain
+from tests.support.small_run import metrics, write_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"), shards)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Path:
+    """30 steps by two processes: ZeRO-3 in bf16, checkpointing, accumulation, drop path, masks and augmentation on."""
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    finished = pretrain("--config", config, "--run-dir", run, processes=2)
+    assert finished.code == 0, finished.output
+    return run
+
+
+def test_a_run_stopped_after_step_11_and_resumed_is_the_unbroken_run_bit_for_bit(
+    tmp_path: Path, config: Path, unbroken: Path
+) -> None:
+    arguments = ("--config", config, "--run-dir", tmp_path / "run")
+    stopped = pretrain(*arguments, "--steps", 11, processes=2)
+    assert stopped.code == 0, stopped.output
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 12))
+    resumed = pretrain(*arguments, "--resume", "required", processes=2)
+    assert resumed.code == 0, resumed.output
+    assert "resuming from" in resumed.output
+    assert metrics(tmp_path / "run") == metrics(unbroken)
+    _assert_same_tensors(tmp_path / "run", unbroken)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_with_one_row_a_step(
+    tmp_path: Path, config: Path, unbroken: Path
+) -> None:
+    arguments = ("--config", config, "--run-dir", tmp_path / "run")
+    job = start_pretrain(*arguments, processes=2)
+    _wait_for_step(tmp_path / "run", 9, job)
+    job.ranks[1].send_signal(signal.SIGKILL)
+    killed = job.wait()
+    assert killed.codes[0] == 75, killed.output  # the other rank says that it lost its peer
+    assert "Traceback" not in killed.output
+    # A line cut in the middle is what a power cut leaves.
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+    resumed = pretrain(*arguments, processes=2)
+    assert resumed.code == 0, resumed.output
+    assert "step-00000007" in resumed.output
+    assert metrics(tmp_path / "run") == metrics(unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_stops_all_with_85(
+    tmp_path: Path, config: Path, unbroken: Path, number: signal.Signals
+) -> None:
+    arguments = ("--config", config, "--run-dir", tmp_path / "run")
+    job = start_pretrain(*arguments, processes=2)
+    _wait_for_step(tmp_path / "run", 3, job)
+    job.ranks[1].send_signal(number)
+    job.ranks[1].send_signal(number)  # schedulers repeat themselves
+    stopped = job.wait()
+    assert stopped.code == 85, stopped.output
+    step = metrics(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+    assert metrics(tmp_path / "run") == metrics(unbroken)[:step]
+
+
+def test_typed_again_a_finished_run_says_so_and_changes_nothing(config: Path, unbroken: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file() and "log" not in path.parts}
+    again = pretrain("--config", config, "--run-dir", unbroken, processes=2)
+    assert again.code == 0
+    assert "finished" in again.output
+    assert "--run-dir" in again.output
+    changed = {path for path, time_ns in before.items() if path.stat().st_mtime_ns != time_ns}
+    assert changed <= {unbroken / ".lock"}
+
+
+def test_one_process_reads_the_same_global_batches_as_two(tmp_path: Path, config: Path, unbroken: Path) -> None:
+    alone = pretrain("--config", config, "--run-dir", tmp_path / "run", "--steps", 12)
+    assert alone.code == 0, alone.output
+    ours, theirs = metrics(tmp_path / "run"), metrics(unbroken)[:12]
+    assert [row["data_digest"] for row in ours] == [row["data_digest"] for row in theirs]
+    assert [row["lr"] for row in ours] == [row["lr"] for row in theirs]
+    # Same samples, same draws: what differs is the order of additions, in bf16 a relative 2**-8 each.
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-2)
+
+
+def test_the_run_directory_holds_what_the_readme_lists(unbroken: Path) -> None:
+    names = {path.name for path in unbroken.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "lives.jsonl", "tensorboard", "panels", "checkpoints", "log"} <= names
+    assert sorted(path.name for path in (unbroken / "log").iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert [path.name for path in sorted((unbroken / "panels").iterdir())] == [
+        f"step-{step:08d}.png" for step in (10, 20, 30)
+    ]
+    rows = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert [row["step"] for row in rows if "validation_loss" in row] == [10, 20, 30]
+    assert {"step_seconds", "data_seconds", "images_per_second"} <= rows[0].keys()
+    # Retention: the newest three.
+    assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (21, 28, 30)
+    ]
+
+
+def _wait_for_step(run: Path, step: int, job: Job) -> None:
+    path = run / "metrics.jsonl"
+    while not (path.exists() and len(path.read_text().splitlines()) >= step):
+        assert all(rank.poll() is None for rank in job.ranks), job.wait().output
+        time.sleep(0.02)
+
+
+def _assert_same_tensors(run: Path, other: Path) -> None:
+    """Weights, float32 masters and Adam moments of the last checkpoint, to the bit."""
+    from swinv2_scale.engine.checkpoint import SafeCheckpointEngine
+
+    folder = Path("checkpoints") / "step-00000030"
+    names = sorted(path.name for path in (other / folder).glob("*.pt"))
+    assert len(names) == 4
+    for name in names:
+        ours, theirs = (SafeCheckpointEngine().load(os.fspath(root / folder / name)) for root in (run, other))
+        assert _tensors(ours), name
+        for one, two in zip(_tensors(ours), _tensors(theirs), strict=True):
+            assert torch.equal(one, two)
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
