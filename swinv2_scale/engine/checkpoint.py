@@ -15,18 +15,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from swinv2_scale import dist
-from swinv2_scale.engine.deepspeed_import import LossScaler, TorchCheckpointEngine, ZeroStageEnum
+from swinv2_scale.engine.deepspeed_import import LossScaler, TorchCheckpointEngine, ZeroStageEnum, fragment_address
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.errors import CheckpointError, ConfigError, OutputError
 from swinv2_scale.telemetry.console import log
 
-#: The only classes that a DeepSpeed checkpoint of ours may hold beside tensors and plain data.
-ALLOWED_CLASSES = [ZeroStageEnum, LossScaler]
+#: The only classes that a DeepSpeed checkpoint of ours may hold beside tensors and plain data: an enum and a number
+#: holder, and three integers that stage 1 writes in bf16.
+ALLOWED_CLASSES = [ZeroStageEnum, LossScaler, fragment_address]
 _MANIFEST, _STATE, _PREFIX, _PART = "manifest.json", "state.json", "step-", ".part-"
 
 
@@ -175,7 +177,7 @@ def load(engine: Any, checkpoint: Checkpoint) -> None:
         try:
             with _engine_writes_with(engine, SafeCheckpointEngine()):
                 engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-        except (OSError, RuntimeError, AssertionError, KeyError, EOFError) as error:
+        except (OSError, RuntimeError, AssertionError, KeyError, EOFError, UnpicklingError) as error:
             raise CheckpointError(f"rank {dist.rank()} cannot load {checkpoint.path}: {error!r}") from error
 
     dist.all_agree(load_own, f"loading {checkpoint.path}")

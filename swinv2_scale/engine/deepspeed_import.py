@@ -16,6 +16,7 @@ import deepspeed.ops
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 # Otherwise DeepSpeed compiles a shared-memory transport on the first CPU run: minutes, and a C++ compiler.
 if not torch.cuda.is_available():
@@ -27,4 +28,4 @@ for _handler in list(deepspeed_logger.handlers):
     deepspeed_logger.removeHandler(_handler)
 deepspeed_logger.propagate = False
 
-__all__ = ["LossScaler", "TorchCheckpointEngine", "ZeroStageEnum", "deepspeed", "deepspeed_logger"]
+__all__ = ["LossScaler", "TorchCheckpointEngine", "ZeroStageEnum", "deepspeed", "deepspeed_logger", "fragment_address"]

@@ -1,0 +1,73 @@
+"""Ways to save memory change no number: checkpointing, sequential attention, and the giant's whole stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import REPOSITORY, pretrain, run_worker
+from tests.support.small_run import metrics, write_config
+
+#: The giant stage with only width, heads and batch overridden, and where its photographs come from.
+GIANT = [
+    "model.embed_dim=16",
+    "model.num_heads=[1,2,4,8]",
+    "data.global_batch_size=4",
+    "data.micro_batch_size=2",
+    "data.train=embedded:photographs/all",
+    "data.validation=null",
+]
+
+
+def compare(config: Path, ways: list[list[str]]) -> list[dict[str, Any]]:
+    output = run_worker("gradients.py", config, *map(json.dumps, ways), processes=2).output
+    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
+    parsed: list[dict[str, Any]] = json.loads(line.removeprefix("RESULT "))
+    return parsed
+
+
+def test_activation_checkpointing_gives_the_same_bits_under_zero_3(tmp_path: Path, shards: Path) -> None:
+    config = write_config(tmp_path, shards)
+    key = "engine.activation_checkpointing"
+    ways = [
+        [f"{key}.backend=none"],
+        [f"{key}.backend=torch"],
+        [f"{key}.backend=fairscale"],
+        [f"{key}.backend=fairscale", f"{key}.offload=true"],
+    ]
+    none, *others = compare(config, [[*way, "data.global_batch_size=8"] for way in ways])
+    assert none["count"] == 79
+    for way in others:
+        assert way["losses"] == none["losses"]
+        assert way["differences"] == [0.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def giant() -> Path:
+    return REPOSITORY / "configs" / "simmim" / "simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml"
+
+
+def test_the_giant_stage_equals_eager_attention_without_checkpointing(
+    giant: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shards_dir = [f"data.shards_dir={tmp_path_factory.mktemp('photographs')}"]
+    exact = [*GIANT, *shards_dir, "engine.precision=fp32"]
+    eager = ["model.attention.backend=eager", "engine.activation_checkpointing.backend=none"]
+    # A small bound makes `sequential` split tiles, heads and rows, as it does at full size.
+    split = ["model.attention.max_score_bytes=100000"]
+    plain, stage = compare(giant, [[*exact, *eager], [*exact, *split]])
+    # Float32 throughout; only the order of additions differs, over 50 blocks.
+    assert stage["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    assert max(stage["differences"]) < 1e-3
+    assert stage["count"] == plain["count"] > 700
+
+
+def test_the_giant_stage_launches_and_trains(giant: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finished = pretrain(
+        "--config", giant, "--run-dir", run, "--steps", 2, *GIANT, f"data.shards_dir={tmp_path}", processes=2
+    )
+    assert finished.code == 0, finished.output
+    assert [row["step"] for row in metrics(run)] == [1, 2]
+    assert "ZeRO stage 3, bf16, attention sequential/sequential/eager/eager" in finished.output

@@ -1,0 +1,123 @@
+"""For every ZeRO stage and precision: first weights, a poisoned step, resumption. Prints one JSON line on rank 0.
+
+Arguments: the configuration, a scratch folder.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinv2_scale import dist
+from swinv2_scale.config.loader import load_config
+from swinv2_scale.config.run import RunConfig
+from swinv2_scale.data.loader import Batch
+from swinv2_scale.engine import checkpoint, zero
+from swinv2_scale.engine.inputs import open_inputs
+from swinv2_scale.engine.job import build_engine
+from swinv2_scale.engine.step import TrainState, train_step
+from swinv2_scale.tasks.simmim import SimMIMTask
+
+
+class PoisonedTask(SimMIMTask):
+    """The real task, whose loss or gradient the last rank can spoil."""
+
+    poison = ""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = super().loss(model, batch)
+        if not self.poison or dist.rank() != dist.world_size() - 1:
+            return loss
+        if self.poison == "gradient":  # finite loss, infinite gradient
+            return loss + (loss - loss.detach()) * math.inf
+        return loss * math.nan if self.poison == "nan loss" else loss + math.inf
+
+
+def digest(engine: Any) -> str:
+    """Of all weights, whole."""
+    sha = hashlib.sha256()
+    with zero.whole_parameters(engine.module):
+        for _, parameter in sorted(engine.module.named_parameters()):
+            sha.update(parameter.detach().float().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def master_digest(engine: Any) -> str:
+    """Of all float32 masters, whole; the weights themselves where there are no others."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    stage_zero = zero._stage_zero_masters(engine)
+    sha = hashlib.sha256()
+    for _, parameter in sorted(engine.module.named_parameters()):
+        if parameter in stage_zero:
+            value = stage_zero[parameter]
+        elif hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+            value = safe_get_full_fp32_param(parameter)
+        else:
+            value = parameter
+        sha.update(value.detach().float().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def main(path: str, scratch: str) -> None:
+    results = {}
+    dist.start(120)
+    for stage in range(4):
+        for precision in ("fp32", "bf16", "bf16_autocast"):
+            # Stages 1 and 2 share DeepSpeed's code, which has no branch for autocast: once is enough.
+            if not (stage in (1, 2) and precision == "bf16_autocast"):
+                results[f"{stage} {precision}"] = check(path, Path(scratch), stage, precision)
+    if dist.rank() == 0:
+        print("RESULT " + json.dumps(results))
+    dist.stop()
+
+
+def check(path: str, scratch: Path, stage: int, precision: str) -> dict[str, Any]:
+    overrides = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "data.num_workers=0"]
+    config = load_config(path, overrides).config
+    task = PoisonedTask(config)
+    engine = build_engine(config, task)
+    result: dict[str, Any] = {"initial": digest(engine), "initial masters": master_digest(engine)}
+    inputs = open_inputs(config)
+    steps = micro_batches(config, inputs.training(task, 0, 6))
+    losses = [train_step(engine, task, next(steps), 1e-3)]
+    for task.poison in ("nan loss", "infinite loss", "gradient"):
+        before = digest(engine), master_digest(engine)
+        spoiled = train_step(engine, task, next(steps), 1e-3)
+        result[task.poison] = {
+            "is_applied": spoiled.is_applied,
+            "unchanged": before == (digest(engine), master_digest(engine)),
+        }
+    task.poison = ""
+    folder = scratch / f"{stage}-{precision}"
+    checkpoint.publish(engine, folder, TrainState(step=4), {}, keep=2)
+    losses += [train_step(engine, task, next(steps), 1e-3) for _ in range(2)]
+    result["losses"] = [(step.loss, step.grad_norm, step.is_applied) for step in losses]
+
+    resumed = build_engine(config, task)
+    found = checkpoint.newest_verified(folder)
+    assert found is not None
+    checkpoint.load(resumed, found)
+    steps = micro_batches(config, inputs.training(task, 4, 6))
+    again = [train_step(resumed, task, next(steps), 1e-3) for _ in range(2)]
+    result["resumed"] = [(step.loss, step.grad_norm, step.is_applied) for step in again]
+    result["same end"] = (digest(engine), master_digest(engine)) == (digest(resumed), master_digest(resumed))
+    result["unsafe globals"] = sorted(
+        {name for file in found.path.glob("*.pt") for name in torch.serialization.get_unsafe_globals_in_checkpoint(file)}
+    )
+    return result
+
+
+def micro_batches(config: RunConfig, batches: Any) -> Any:
+    count = config.data.global_batch_size // config.data.micro_batch_size // dist.world_size()
+    while True:
+        yield [next(batches) for _ in range(count)]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
