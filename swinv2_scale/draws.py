@@ -20,8 +20,12 @@ _GAMMA, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB13311
 
 def key_of(*parts: int | str) -> int:
     """64 bits that depend on every part; parts of different types or lengths never collide by concatenation."""
-    text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        # Names in foreign tars need not be UTF-8; Python carries such bytes as surrogates.
+        text = str(part).encode("utf-8", "surrogateescape")
+        digest.update(b"%b %d:" % (type(part).__name__.encode(), len(text)) + text)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def mix(value: int) -> int:
@@ -62,13 +66,13 @@ class Draw:
 def permuted(index: int, size: int, key: int) -> int:
     """Where ``index`` lands in a pseudo-random permutation of ``range(size)``, without making the permutation.
 
-    A four-round Feistel network on the smallest even number of bits that holds ``size``, walked until it lands inside.
+    An eight-round Feistel network on the smallest even number of bits that holds ``size``, walked until inside.
     """
     half = max((max(size - 1, 1).bit_length() + 1) // 2, 1)
     low = (1 << half) - 1
     while True:
         left, right = index >> half, index & low
-        for round_number in range(4):
+        for round_number in range(8):
             left, right = right, left ^ (mix(right ^ key ^ (round_number << 56)) & low)
         index = (left << half) | right
         if index < size:

@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from swinv2_scale.config.loader import flatten, format_value, load_config
+from swinv2_scale.config.loader import flatten, load_config
 from swinv2_scale.config.rules import resume_policy
+from swinv2_scale.config.source import format_value
 from swinv2_scale.errors import ConfigError
 
 

@@ -57,7 +57,7 @@ OFFLOAD_OPTIMIZER_KEYS = (
     "ratio",
 )
 OFFLOAD_PARAM_KEYS = ("buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory")
-AIO_KEYS = ("block_size", "ignore_unused_parameters", "overlap_events", "queue_depth", "single_submit", "use_gds")
+AIO_KEYS = ("block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "use_gds")
 TOP_KEYS = ("communication_data_type", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown")
 
 DEEPSPEED_KEYS: tuple[str, ...] = (

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from swinv2_scale.config.model import VARIANTS
 from swinv2_scale.config.rules import cross_section_problems
 from swinv2_scale.config.run import RunConfig
-from swinv2_scale.config.source import KeyPath, Settings, apply_overrides, read_settings
+from swinv2_scale.config.source import KeyPath, Settings, apply_overrides, format_value, read_settings
 from swinv2_scale.errors import ConfigError, ConfigProblem
 
 
@@ -29,8 +28,10 @@ class LoadedConfig:
 
     def origin(self, key: KeyPath) -> str:
         """File and line, the command line, ``variant NAME`` or ``default``."""
-        if key in self.settings.history:
-            return self.settings.history[key][-1].where
+        # A free mapping (deepspeed_overrides) is one value here and several keys in the files.
+        for path, entries in self.settings.history.items():
+            if path[: len(key)] == key:
+                return entries[-1].where
         if key[0] == "model" and key[-1] in VARIANTS[self.config.model.variant]:
             return f"variant {self.config.model.variant}"
         return "default"
@@ -75,11 +76,6 @@ def flatten(config: BaseModel, prefix: KeyPath = ()) -> dict[KeyPath, Any]:
     return leaves
 
 
-def format_value(value: Any) -> str:
-    """A value on one line, as it would be written in YAML."""
-    return yaml.safe_dump(_plain(value), default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
-
-
 def to_yaml(loaded: LoadedConfig) -> str:
     """The resolved configuration, each line with the origin of its value as a comment; reads back as the same run."""
     lines = [f"# Resolved from {loaded.path}. Every value, and where it came from."]
@@ -92,14 +88,6 @@ def to_yaml(loaded: LoadedConfig) -> str:
         section = parents
         lines.append("  " * len(parents) + f"{key[-1]}: {format_value(value)}  # {loaded.origin(key)}")
     return "\n".join(lines) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
 
 
 def _refusal(path: str | Path, problems: list[ConfigProblem]) -> ConfigError:
@@ -176,8 +164,11 @@ def _all_keys(section: type[BaseModel], prefix: KeyPath = ()) -> list[KeyPath]:
 
 
 def _nearest_key(key: KeyPath) -> str:
-    """A sibling that is spelled alike, else a key of the same name elsewhere, else one spelled alike elsewhere."""
+    """A key of the same name elsewhere, else a sibling that is spelled alike, else one spelled alike elsewhere."""
     known = _all_keys(RunConfig)
+    same = [k for k in known if k[-1] == key[-1]]
+    if same:
+        return ".".join(same[0])
     siblings = {k[-1]: k for k in known if k[:-1] == key[:-1]}
     near = difflib.get_close_matches(key[-1], siblings, 1)
     if near:

@@ -16,7 +16,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """Base of every part of the configuration: unknown keys are errors, types are exact, nothing changes later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 #: Every named shape. Widths and depths: Swin V2 (arXiv 2111.09883) sec. 3.6 and the released configurations of T to L.

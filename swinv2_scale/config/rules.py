@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from swinv2_scale.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_BY_CONFIG
+from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.errors import ConfigProblem
 from swinv2_scale.geometry import nearest_multiples
@@ -76,11 +77,18 @@ def changes(saved: dict[str, Any], asked: dict[str, Any]) -> list[Change]:
 
 def cross_section_problems(config: RunConfig) -> list[ConfigProblem]:
     """Everything that no single field can know. Each problem says which values would fit."""
-    return [*_model_problems(config), *_task_problems(config), *_data_problems(config), *_engine_problems(config)]
+    return [
+        *model_problems(config.model),
+        *_window_problems(config.model),
+        *_task_problems(config),
+        *_data_problems(config),
+        *_optim_problems(config),
+        *_engine_problems(config),
+    ]
 
 
-def _model_problems(config: RunConfig) -> list[ConfigProblem]:
-    model = config.model
+def model_problems(model: ModelConfig) -> list[ConfigProblem]:
+    """Fields of a model that contradict each other."""
     problems = []
     per_stage = {
         "model.num_heads": model.num_heads,
@@ -93,12 +101,18 @@ def _model_problems(config: RunConfig) -> list[ConfigProblem]:
             problems.append(ConfigProblem(key, message))
     for stage, (dim, heads) in enumerate(zip(model.stage_dims, model.num_heads, strict=False)):
         if dim % heads:
-            fits = [n for n in range(1, dim + 1) if dim % n == 0 and dim // n >= 8]
+            fits = [n for n in range(1, dim + 1) if dim % n == 0]
             nearest = sorted(sorted(fits, key=lambda n: abs(n - heads))[:4])
             message = f"stage {stage} has width {dim}, which {heads} heads don't divide; near it {nearest} do"
             problems.append(ConfigProblem("model.num_heads", message))
+    return problems
+
+
+def _window_problems(model: ModelConfig) -> list[ConfigProblem]:
+    """A window larger than the largest map is clipped everywhere: fine for a model, a mistake in a training."""
     window = max(model.window_shape)
     largest = max(model.stage_maps[0])
+    problems = []
     if window > largest:
         fits = [n for n in range(1, largest + 1) if largest % n == 0]
         message = (
@@ -127,9 +141,14 @@ def _task_problems(config: RunConfig) -> list[ConfigProblem]:
             )
             problems.append(ConfigProblem("model.image_size", message))
     window = task.target_norm_window
-    if window and (window % 2 == 0 or window > min(model.image_shape)):
-        message = f"{window} must be odd and at most the image's {min(model.image_shape)} px"
+    if window and (window % 2 == 0 or window == 1 or window > min(model.image_shape)):
+        message = f"{window} must be odd, at least 3 and at most the image's {min(model.image_shape)} px"
         problems.append(ConfigProblem("task.target_norm_window", message))
+    for key, (low, high) in (("task.crop_scale", task.crop_scale), ("task.crop_ratio", task.crop_ratio)):
+        if low > high:
+            problems.append(ConfigProblem(key, f"({low}, {high}) is (smallest, largest): the first exceeds the second"))
+    if task.crop_scale[1] > 1:
+        problems.append(ConfigProblem("task.crop_scale", f"{task.crop_scale[1]} is a share of the image, at most 1"))
     return problems
 
 
@@ -146,9 +165,17 @@ def _data_problems(config: RunConfig) -> list[ConfigProblem]:
         if len(values) != config.model.in_channels:
             message = f"has {len(values)} values, model.in_channels is {config.model.in_channels}"
             problems.append(ConfigProblem(key, message))
-    if config.optim.warmup_steps >= config.optim.total_steps:
-        message = f"{config.optim.warmup_steps} leaves nothing of optim.total_steps {config.optim.total_steps}"
+    return problems
+
+
+def _optim_problems(config: RunConfig) -> list[ConfigProblem]:
+    optim, problems = config.optim, []
+    if optim.warmup_steps >= optim.total_steps:
+        message = f"{optim.warmup_steps} leaves nothing of optim.total_steps {optim.total_steps}"
         problems.append(ConfigProblem("optim.warmup_steps", message))
+    for key, value in (("optim.min_lr", optim.min_lr), ("optim.warmup_lr", optim.warmup_lr)):
+        if value > optim.lr:
+            problems.append(ConfigProblem(key, f"{value} is above optim.lr {optim.lr}"))
     return problems
 
 
@@ -181,6 +208,7 @@ def _either(values: tuple[int, int]) -> str:
 def _flat_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, value in tree.items():
-        key = f"{prefix}{name}"
+        # DeepSpeed would take a dotted name for one unknown key.
+        key = f"{prefix}{name!r}" if "." in name else f"{prefix}{name}"
         keys += _flat_keys(value, f"{key}.") if isinstance(value, dict) and value else [key]
     return keys

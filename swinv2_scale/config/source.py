@@ -18,10 +18,19 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``1e-3`` as a string; here it is the number that everybody means."""
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what _Loader would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    # Dates are nothing but texts here.
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 @dataclass(frozen=True)
@@ -86,11 +95,25 @@ def apply_overrides(settings: Settings, overrides: list[str]) -> None:
         where = f"command line {word!r}"
         value = _parse(text, where, None) if text else None
         path = tuple(key.split("."))
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             for tail, leaf in _leaves(value, ()):
                 settings.set(path + tail, leaf, where)
         else:
             settings.set(path, value, where)
+
+
+def format_value(value: Any) -> str:
+    """A value on one line, as it would be written in YAML."""
+    text: str = yaml.dump(_plain(value), Dumper=_Dumper, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n...\n").strip()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 def _read_into(settings: Settings, path: Path, chain: tuple[Path, ...]) -> None:
@@ -107,8 +130,11 @@ def _read_into(settings: Settings, path: Path, chain: tuple[Path, ...]) -> None:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, this file holds {type(data).__name__}")
     base = data.pop("extends", None)
-    for name in [base] if isinstance(base, str) else base or ():
-        _read_into(settings, path.parent / str(name), (*chain, path))
+    bases = (base,) if isinstance(base, str) else base or ()
+    if not isinstance(bases, tuple) or not all(isinstance(name, str) for name in bases):
+        raise ConfigError(f"{path}:{lines['extends',]}: extends: is a file name, or a list of them, not {base!r}")
+    for name in bases:
+        _read_into(settings, path.parent / name, (*chain, path))
     for key, value in _leaves(data, ()):
         settings.set(key, value, f"{path}:{lines.get(key, 1)}")
 
@@ -125,8 +151,8 @@ def _leaves(data: dict[str, Any], prefix: KeyPath) -> list[tuple[KeyPath, Any]]:
 
 def _parse(text: str, where: str, lines: dict[KeyPath, int] | None) -> Any:
     """YAML text as plain data: mappings, tuples for sequences, scalars; no aliases, no tags, no duplicate keys."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         for event in yaml.parse(text, _Loader):
             if isinstance(event, yaml.AliasEvent):
                 line = f":{event.start_mark.line + 1}" if event.start_mark else ""
@@ -137,11 +163,13 @@ def _parse(text: str, where: str, lines: dict[KeyPath, int] | None) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark and lines is not None else ""
         raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
+    except RecursionError as error:
+        raise ConfigError(f"{where}: nested too deeply to be a configuration") from error
 
 
 def _build(loader: _Loader, node: yaml.Node, path: KeyPath, where: str, lines: dict[KeyPath, int] | None) -> Any:
+    if isinstance(node, yaml.CollectionNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+        raise ConfigError(f"{where}:{node.start_mark.line + 1}: tags ({node.tag}) are not supported")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:

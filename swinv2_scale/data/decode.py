@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 
+import numpy as np
 from PIL import Image
 
 from swinv2_scale.data.reader import Record
@@ -23,11 +24,20 @@ def decode_image(record: Record, channels: int) -> Image.Image:
     extension = next((name for name in record.files if name in IMAGE_FORMATS), None)
     if extension is None:
         found = ", ".join(record.files) or "nothing"
-        raise DataError(f"sample {record.id} has no image: it holds {found}, images are {', '.join(IMAGE_FORMATS)}")
+        raise DataError(f"sample {record.name} has no image: it holds {found}, images are {', '.join(IMAGE_FORMATS)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(record.files[extension]), formats=[IMAGE_FORMATS[extension]])
-            return image.convert("L" if channels == 1 else "RGB")
+            return _eight_bits(image).convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"sample {record.id}: {extension} doesn't decode: {error}") from error
+        raise DataError(f"sample {record.name}: {extension} doesn't decode: {error}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow clips 16-bit grey at 255 instead of scaling it, and has no range for 32-bit pixels."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels ({image.mode}) have no known range")
+    return image

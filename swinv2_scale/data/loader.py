@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ class Batch:
 
     arrays: dict[str, Tensor]  # each (B, ...)
     digest: int  # of (position, sample id), to be summed over the batches of a step
+
+    def pin_memory(self) -> Batch:
+        return Batch({name: t.pin_memory() for name, t in self.arrays.items()}, self.digest)
 
     def to(self, device: torch.device) -> Batch:
         return Batch({name: t.to(device, non_blocking=True) for name, t in self.arrays.items()}, self.digest)
@@ -77,8 +80,10 @@ def training_batches(
     world_size: int,
     num_workers: int,
     prefetch_batches: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Micro-batches of one rank from ``start_step`` up to ``end_step`` (steps counted from 0).
+
+    Close the iterator when an error or a stop ends the training early: its workers ignore signals.
 
     Raises:
         DataError: when a sample can't be read, at the batch that needed it.
@@ -135,7 +140,7 @@ def _wrapped(positions: range, size: int) -> list[int]:
 
 def _batches(
     dataset: PositionDataset, positions: Iterable[Iterable[int]], num_workers: int, prefetch_batches: int
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=positions,  # type: ignore[arg-type]  # any iterable works; torch asks for a Sampler of lists

@@ -13,6 +13,7 @@ import os
 import struct
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -47,6 +48,17 @@ class ShardSet:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         return tuple(entry.samples for entry in self.entries)
+
+    @cached_property
+    def shard_ids(self) -> tuple[str, ...]:
+        """A name for the content of each shard, whatever it is called; a copy listed again gets a number."""
+        seen: Counter[str] = Counter()
+        ids = []
+        for entry in self.entries:
+            copies = seen[entry.sha256]
+            seen[entry.sha256] += 1
+            ids.append(entry.sha256[:16] + (f"#{copies}" if copies else ""))
+        return tuple(ids)
 
     @property
     def num_samples(self) -> int:
@@ -184,34 +196,37 @@ def index_shard(path: Path) -> ShardEntry:
 def _sample_ranges(path: Path) -> list[tuple[int, int]]:
     """(offset, length) of each sample's consecutive members."""
     ranges: list[tuple[int, int]] = []
+    names: set[str] = set()
     keys: set[str] = set()
-    current: str | None = None
-    with tarfile.open(path, "r:") as tar:
-        try:
+    current, end = "", 0
+    try:
+        with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isdir():
+                    end = member.offset_data
                     continue
-                if not member.isfile():
-                    raise DataError(f"{path}: {member.name!r} is a link or a device; shards hold files only")
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    raise DataError(
+                        f"{path}: {member.name!r} is no plain file (a link, sparse, ..); shards hold files only"
+                    )
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 key = sample_key(member.name)
-                if key == current:
-                    ranges[-1] = (ranges[-1][0], end - ranges[-1][0])
-                    continue
-                if key in keys:
-                    raise DataError(
-                        f"{path}: the files of sample {key!r} don't follow each other, or it is there twice"
-                    )
+                is_next = bool(ranges) and key == current
+                if member.name in names or (not is_next and key in keys):
+                    raise DataError(f"{path}: sample {key!r} is there twice, or its files don't follow each other")
+                names.add(member.name)
                 keys.add(key)
                 current = key
-                ranges.append((member.offset, end - member.offset))
-        except tarfile.TarError as error:
-            raise DataError(f"{path} is damaged after {len(ranges)} samples: {error}") from error
-        # tarfile takes a file that ends early, or anything that isn't a header, for the end of the archive.
-        rest = path.stat().st_size - (sum(ranges[-1]) if ranges else 0)
-    with path.open("rb") as file:
-        file.seek(-rest, os.SEEK_END) if rest > 0 else None
-        tail = file.read() if rest > 0 else b""
+                if is_next:
+                    ranges[-1] = (ranges[-1][0], end - ranges[-1][0])
+                else:
+                    ranges.append((member.offset, end - member.offset))
+        with path.open("rb") as file:
+            file.seek(end)
+            tail = file.read()
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path} is not a whole tar, damaged after {len(ranges)} samples: {error}") from error
+    # tarfile takes a file that ends early, or a block that is no header, for the end of the archive.
     if len(tail) < tarfile.BLOCKSIZE or tail.strip(b"\0"):
         raise DataError(f"{path} is cut or damaged after {len(ranges)} samples", "copy it again")
     return ranges

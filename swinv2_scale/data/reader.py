@@ -20,7 +20,8 @@ _MAX_OPEN_FILES = 128
 class Record:
     """The undecoded files of one sample."""
 
-    id: str  # shard and key, unique in the data set
+    id: str  # of the shard's content and the key: unique in the data set, wherever the shards lie
+    name: str  # path and key, for people
     files: dict[str, bytes]  # by extension, lower case, without the leading dot
 
 
@@ -44,13 +45,18 @@ class ShardReader:
         path = self.shards.paths[shard]
         entry = self._pread(index_path(path), INDEX_ENTRY.size, index * INDEX_ENTRY.size)
         offset, length, checksum = INDEX_ENTRY.unpack(entry)
+        if offset + length > self.shards.entries[shard].bytes:
+            raise DataError(
+                f"{index_path(path)} is damaged: sample {index} would end outside the shard",
+                f"make it anew: swinv2-scale shards index {path.parent}",
+            )
         data = self._pread(path, length, offset)
         if zlib.crc32(data) != checksum:
             raise DataError(
                 f"{path}: sample {index} (bytes {offset} to {offset + length}) is damaged: its checksum differs",
                 "copy the shard again",
             )
-        return self._parse(path, data)
+        return self._parse(shard, data)
 
     def close(self) -> None:
         while self._open:
@@ -71,7 +77,7 @@ class ShardReader:
             raise DataError(f"{path} is truncated: wanted {length} bytes at {offset}, got {len(data)}")
         return data
 
-    def _parse(self, path: Path, data: bytes) -> Record:
+    def _parse(self, shard: int, data: bytes) -> Record:
         files: dict[str, bytes] = {}
         key = ""
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -80,7 +86,7 @@ class ShardReader:
                 if content is not None:
                     key = sample_key(member.name)
                     files[member.name[len(key) + 1 :].lower()] = content.read()
-        return Record(f"{path.name}/{key}", files)
+        return Record(f"{self.shards.shard_ids[shard]}/{key}", f"{self.shards.paths[shard]}: {key}", files)
 
     def __getstate__(self) -> dict[str, object]:
         # Loader workers that are spawned get a reader of their own: file descriptors don't travel.

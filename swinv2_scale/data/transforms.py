@@ -31,7 +31,7 @@ def crop_box(
             left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
             return left, top, left + w, top + h
     aspect = min(max(width / height, ratio[0]), ratio[1])
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    w, h = max(min(width, round(height * aspect)), 1), max(min(height, round(width / aspect)), 1)
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 

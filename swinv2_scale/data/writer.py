@@ -55,7 +55,7 @@ def _write_tars(samples: Iterable[RawSample], folder: Path, samples_per_shard: i
     while chunk := list(islice(stream, samples_per_shard)):
         path = folder / f"{len(entries):06d}.tar"
         with path.open("wb") as file:
-            with webdataset.TarWriter(file, user="", group="", mtime=0.0) as tar:
+            with webdataset.TarWriter(file, user="", group="", mtime=0) as tar:
                 for sample in chunk:
                     tar.write(sample)
             file.flush()

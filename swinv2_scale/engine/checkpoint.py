@@ -8,6 +8,7 @@ pointer file that could be torn.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -61,18 +62,34 @@ class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
 
     def save(self, state_dict: Any, path: str) -> None:
         # Raising here would leave the other ranks waiting in save_checkpoint's barriers; publish() asks afterwards.
+        watched: _WatchedFile | None = None
         try:
-            with open(path, "wb") as file:
+            watched = _WatchedFile(path, "wb")
+            with io.BufferedWriter(watched) as file:
                 torch.save(state_dict, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            self.failure = error if isinstance(error, OSError) else OSError(f"{path}: {error}")
+        except (OSError, RuntimeError) as error:
+            cause = watched.failure if watched else None
+            self.failure = cause or (error if isinstance(error, OSError) else OSError(f"{path}: {error}"))
         self.written.append(Path(path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals(ALLOWED_CLASSES):
             return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class _WatchedFile(io.FileIO):
+    """Remembers why a write failed: torch's zip writer reports a full disk as an unexpected position."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 def publish(engine: Any, folder: Path, state: TrainState, facts: dict[str, Any], keep: int) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Inputs:
     train: ShardSet
     validation: ShardSet | None
 
-    def training(self, task: Task, start_step: int, end_step: int) -> Iterator[Batch]:
+    def training(self, task: Task, start_step: int, end_step: int) -> Generator[Batch]:
         """This rank's micro-batches of the steps from ``start_step`` (counted from 0) up to ``end_step``."""
         data = self.config.data
         return training_batches(

@@ -109,13 +109,14 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
     output = dist.all_agree(
         lambda: Output(loaded, directory, state.step) if dist.rank() == 0 else None, "opening the run's files"
     )
+    batches = inputs.training(task, state.step, last_step)
     progress = ProgressLine(config.optim.total_steps, config.logging.console_every_steps, dist.rank() == 0)
     loop = Loop(
         engine=engine,
         task=task,
         config=config,
         state=state,
-        batches=inputs.training(task, state.step, last_step),
+        batches=batches,
         num_micro_batches=num_micro_batches,
         between_steps=_BetweenSteps(engine, task, inputs, directory, output),
         progress=progress,
@@ -125,6 +126,7 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
     try:
         code = loop.run()
     finally:
+        batches.close()
         progress.close()
         if output:
             output.close()

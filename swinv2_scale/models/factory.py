@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from swinv2_scale.config.model import VARIANTS, ModelConfig
+from swinv2_scale.config.rules import model_problems
 from swinv2_scale.errors import ConfigError
 from swinv2_scale.models.backbone import SwinV2
 from swinv2_scale.models.initialise import initial_values
@@ -42,6 +43,9 @@ def create_model(name: str, *, seed: int = 0, **fields: Any) -> SwinV2:
         config = ModelConfig.model_validate({**fields, "variant": name.removeprefix(_PREFIX)})
     except ValidationError as error:
         raise ConfigError(f"{name} cannot be built: {error}") from None
+    problems = model_problems(config)
+    if problems:
+        raise ConfigError(f"{name} cannot be built:", problems=tuple(problems))
     model = SwinV2(config)
     if not any(parameter.is_meta for parameter in model.parameters()):
         initialise(model, seed)

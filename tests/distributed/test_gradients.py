@@ -13,8 +13,8 @@ from tests.support.small_run import metrics, write_config
 GIANT = [
     "model.embed_dim=16",
     "model.num_heads=[1,2,4,8]",
-    "data.global_batch_size=4",
-    "data.micro_batch_size=2",
+    "data.global_batch_size=2",
+    "data.micro_batch_size=1",
     "data.train=embedded:photographs/all",
     "data.validation=null",
 ]
@@ -37,7 +37,7 @@ def test_activation_checkpointing_gives_the_same_bits_under_zero_3(tmp_path: Pat
         [f"{key}.backend=fairscale", f"{key}.offload=true"],
     ]
     none, *others = compare(config, [[*way, "data.global_batch_size=8"] for way in ways])
-    assert none["count"] == 79
+    assert none["count"] == 80  # 4 blocks x 17, embedding 4, merging 3, norm 2, mask token 1, decoder 2
     for way in others:
         assert way["losses"] == none["losses"]
         assert way["differences"] == [0.0, 0.0]
@@ -52,7 +52,9 @@ def test_the_giant_stage_equals_eager_attention_without_checkpointing(
     giant: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     shards_dir = [f"data.shards_dir={tmp_path_factory.mktemp('photographs')}"]
-    exact = [*GIANT, *shards_dir, "engine.precision=fp32"]
+    # The reuse distance is a matter of speed: DeepSpeed's search for it takes 15 s for so many small modules.
+    quick = ["engine.deepspeed_overrides.zero_optimization.stage3_max_reuse_distance=0"]
+    exact = [*GIANT, *shards_dir, *quick, "engine.precision=fp32"]
     eager = ["model.attention.backend=eager", "engine.activation_checkpointing.backend=none"]
     # A small bound makes `sequential` split tiles, heads and rows, as it does at full size.
     split = ["model.attention.max_score_bytes=100000"]

@@ -14,13 +14,16 @@ STAGES = [
     f"{stage} {precision}"
     for stage in range(4)
     for precision in ("fp32", "bf16", "bf16_autocast")
+    # Stages 1 and 2 share DeepSpeed's code, which has no branch for autocast.
     if not (stage in (1, 2) and precision == "bf16_autocast")
 ]
+#: What one process runs too: the stage without sharding and the one with most of it.
+ALONE = ["0 fp32", "0 bf16", "3 fp32", "3 bf16"]
 
 
-def results(folder: Path, shards: Path, processes: int) -> dict[str, Any]:
+def results(folder: Path, shards: Path, processes: int, cases: list[str]) -> dict[str, Any]:
     config = write_config(folder, shards)
-    output = run_worker("stages.py", config, folder / "checkpoints", processes=processes).output
+    output = run_worker("stages.py", config, folder / "checkpoints", *cases, processes=processes).output
     line = next(line for line in output.splitlines() if line.startswith("RESULT "))
     parsed: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
     return parsed
@@ -28,12 +31,12 @@ def results(folder: Path, shards: Path, processes: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, Any]:
-    return results(tmp_path_factory.mktemp("two"), shards, 2)
+    return results(tmp_path_factory.mktemp("two"), shards, 2, STAGES)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, Any]:
-    return results(tmp_path_factory.mktemp("one"), shards, 1)
+    return results(tmp_path_factory.mktemp("one"), shards, 1, ALONE)
 
 
 def test_first_weights_are_the_same_bits_at_any_stage_and_number_of_ranks(
@@ -41,7 +44,7 @@ def test_first_weights_are_the_same_bits_at_any_stage_and_number_of_ranks(
 ) -> None:
     plain = one["0 fp32"]["initial"]
     for found in (one, two):
-        for stage in STAGES:
+        for stage in found:
             if "bf16" in stage.split():
                 assert found[stage]["initial"] == one["0 bf16"]["initial"], stage  # rounded once, alike
             else:
@@ -50,7 +53,7 @@ def test_first_weights_are_the_same_bits_at_any_stage_and_number_of_ranks(
 
 def test_float32_masters_hold_unrounded_first_weights_in_bf16_too(one: dict[str, Any], two: dict[str, Any]) -> None:
     plain = one["0 fp32"]["initial"]
-    assert {found[stage]["initial masters"] for found in (one, two) for stage in STAGES} == {plain}
+    assert {found[stage]["initial masters"] for found in (one, two) for stage in found} == {plain}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -58,14 +61,14 @@ def test_float32_masters_hold_unrounded_first_weights_in_bf16_too(one: dict[str,
 def test_a_poisoned_rank_changes_no_weight_on_any(
     one: dict[str, Any], two: dict[str, Any], stage: str, poison: str
 ) -> None:
-    for found in (one, two):
+    for found in (one, two) if stage in ALONE else (two,):
         assert found[stage][poison] == {"is_applied": False, "unchanged": True}
         assert all(is_applied for _, _, is_applied in found[stage]["losses"])  # and training goes on after it
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_resuming_gives_the_same_bits(one: dict[str, Any], two: dict[str, Any], stage: str) -> None:
-    for found in (one, two):
+    for found in (one, two) if stage in ALONE else (two,):
         assert found[stage]["resumed"] == found[stage]["losses"][1:]
         assert found[stage]["same end"]
 
@@ -80,5 +83,5 @@ def test_stages_compute_the_same_training_in_float32(two: dict[str, Any]) -> Non
 def test_checkpoints_hold_no_class_beyond_the_allowed_three(one: dict[str, Any], two: dict[str, Any]) -> None:
     allowed = {f"{c.__module__}.{c.__qualname__}" for c in ALLOWED_CLASSES}
     assert len(allowed) == 3
-    found = {name for run in (one, two) for stage in STAGES for name in run[stage]["unsafe globals"]}
+    found = {name for run in (one, two) for stage in run for name in run[stage]["unsafe globals"]}
     assert found == allowed

@@ -20,7 +20,11 @@ class Finished:
     """Exit codes of the ranks, and everything they printed."""
 
     codes: list[int]
-    output: str
+    outputs: list[str]
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.outputs)
 
     @property
     def code(self) -> int:
@@ -45,7 +49,7 @@ class Job:
                 rank.kill()
             outputs = [rank.communicate()[0] for rank in self.ranks]
             raise AssertionError("deadline reached:\n" + "\n".join(outputs)) from None
-        return Finished([rank.returncode for rank in self.ranks], "\n".join(outputs))
+        return Finished([rank.returncode for rank in self.ranks], outputs)
 
 
 def start(script: Path, *arguments: object, processes: int = 1) -> Job:

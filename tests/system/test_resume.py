@@ -49,8 +49,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_one_row_a_step(
     _wait_for_step(tmp_path / "run", 9, job)
     job.ranks[1].send_signal(signal.SIGKILL)
     killed = job.wait()
-    assert killed.codes[0] == 75, killed.output  # the other rank says that it lost its peer
-    assert "Traceback" not in killed.output
+    assert killed.codes[0] == 75, killed.output
+    assert "lost another rank" in killed.outputs[0]
+    assert "Traceback" not in killed.outputs[0]
     # A line cut in the middle is what a power cut leaves.
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
@@ -77,7 +78,9 @@ def test_a_signal_to_one_rank_saves_and_stops_all_with_85(
 
 
 def test_typed_again_a_finished_run_says_so_and_changes_nothing(config: Path, unbroken: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file() and "log" not in path.parts}
+    before = {
+        path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file() and "log" not in path.parts
+    }
     again = pretrain("--config", config, "--run-dir", unbroken, processes=2)
     assert again.code == 0
     assert "finished" in again.output

@@ -49,6 +49,10 @@ def unit(x: Tensor) -> Tensor:
     An epsilon added to the norm would underflow in half precision, and 0/0 is what an all-zero token gives there.
     """
     x = x.to(_wide(x.dtype))
+    # First to a length near one, by a power of two (exact, and a constant for the gradient): the square of a tiny
+    # vector would underflow, and its reciprocal's gradient overflow.
+    exponent = torch.frexp(x.detach().abs().amax(-1, keepdim=True)).exponent.clamp(-100, 100)
+    x = x * torch.ldexp(torch.ones_like(exponent, dtype=x.dtype), -exponent)
     square = x.square().sum(-1, keepdim=True)
     is_zero = square == 0
     return x * torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, square).rsqrt())
@@ -114,12 +118,13 @@ class _Sequential(torch.autograd.Function):
             bias = expanded.detach().requires_grad_()
             dbias = torch.zeros_like(bias)
             for t in tile_slices:
-                lq, lk, lv = (x.detach().requires_grad_() for x in (q[t, heads, queries], k[t, heads], v[t, heads]))
+                inputs = (q[t, heads, queries], k[t, heads], v[t, heads])
+                lq, lk, lv = (x.detach().to(wide).requires_grad_() for x in inputs)
                 scale = logit_scale[heads].detach().requires_grad_()
                 with torch.enable_grad():
                     piece = _tile_attention(lq, lk, lv, scale, bias)
                 gq, gk, gv, gscale, gbias = torch.autograd.grad(
-                    piece, (lq, lk, lv, scale, bias), grads[0][t, heads, queries]
+                    piece, (lq, lk, lv, scale, bias), grads[0][t, heads, queries].to(wide)
                 )
                 dq[t, heads, queries] = gq
                 dk[t, heads] += gk

@@ -1,4 +1,4 @@
-"""Losses and gradients of two updates for several ways to compute the same thing, under ZeRO-3. One JSON line on rank 0.
+"""Losses and gradients of two updates for several ways to compute the same thing. One JSON line on rank 0.
 
 Arguments: the configuration, then one JSON list of overrides for each way; then each way's in turn are compared with
 the first: the largest difference of any gradient, relative to the largest entry of that gradient.

@@ -39,9 +39,7 @@ def released_offsets(window: tuple[int, int], divisor: tuple[int, int]) -> Tenso
 
 
 @pytest.mark.parametrize(("window", "divisor"), [((12, 12), (11, 11)), ((24, 24), (11, 11)), ((7, 5), (6, 4))])
-def test_offsets_are_those_of_the_released_code_to_the_bit(
-    window: tuple[int, int], divisor: tuple[int, int]
-) -> None:
+def test_offsets_are_those_of_the_released_code_to_the_bit(window: tuple[int, int], divisor: tuple[int, int]) -> None:
     offsets = log_spaced_offsets(window, divisor, CPU)
     assert offsets.shape == (2 * window[0] - 1, 2 * window[1] - 1, 2)
     assert torch.equal(offsets, released_offsets(window, divisor))

@@ -1,0 +1,44 @@
+# Two commands: `make pretrain` and `make test`. PIP_ARGS is handed to pip, e.g. an index of CPU wheels.
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+BIN := .venv/bin
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+PROCESSES := $(if $(filter 1,$(GPUS)),1,2)
+# DeepSpeed's launcher and every rank would look for accelerators and warn that there is none.
+export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,)
+ifeq ($(DS_ACCELERATOR),)
+unexport DS_ACCELERATOR
+endif
+
+.PHONY: setup pretrain test check clean
+
+setup: .venv/installed
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: .venv/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[dev]'
+	@touch $@
+
+pretrain: setup
+	$(BIN)/deepspeed -q --num_gpus $(PROCESSES) launch/pretrain.py --config configs/quickstart/simmim.yaml $(ARGS)
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/contract
+
+clean:
+	rm -rf .venv build *.egg-info
