@@ -18,8 +18,25 @@ from swinv2_scale.errors import DataError
 
 EMBEDDED_PREFIX = "embedded:"
 #: Name -> samples a shard. fashion-mnist: 8,000 + 2,000 labelled grey photographs of 28x28; photographs: colour
-#: photographs of 200 to 1500 px from scikit-image's wheel (extra "photos"), each cut into overlapping quarters.
-EMBEDDED = {"fashion-mnist/train": 1000, "fashion-mnist/validation": 1000, "photographs/all": 16}
+#: photographs of 300 to 1411 px from scikit-image's wheel (extra "photos"), each whole and in four overlapping parts.
+EMBEDDED = {
+    "fashion-mnist/train": 1000,
+    "fashion-mnist/validation": 1000,
+    "photographs/train": 8,
+    "photographs/validation": 8,
+}
+_PHOTOGRAPHS = {
+    "train": (
+        "astronaut.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "retina.jpg",
+        "rocket.jpg",
+    ),
+    "validation": ("chelsea.png", "coffee.png"),
+}
 
 
 def embedded_shards(name: str, shards_dir: Path) -> str:
@@ -37,7 +54,8 @@ def embedded_shards(name: str, shards_dir: Path) -> str:
         raise DataError(f"no embedded data set {short!r}", f"there are: {', '.join(EMBEDDED)}")
     folder = shards_dir / short
     if not folder.exists():
-        samples = photographs() if short == "photographs/all" else fashion_mnist(short.rpartition("/")[2])
+        source, _, split = short.partition("/")
+        samples = fashion_mnist(split) if source == "fashion-mnist" else photographs(split)
         write_shards(samples, folder, samples_per_shard=EMBEDDED[short], made_by=name)
     return str(folder / "*.tar")
 
@@ -55,23 +73,24 @@ def fashion_mnist(split: str) -> Iterator[RawSample]:
         yield {"__key__": f"{split}-{number:06d}", "png": _encode(Image.fromarray(pixels)), "cls": str(label).encode()}
 
 
-def photographs() -> Iterator[RawSample]:
-    """The colour photographs of scikit-image's wheel, each whole and as four overlapping quarters."""
+def photographs(split: str) -> Iterator[RawSample]:
+    """``train`` or ``validation``: each colour photograph, and four overlapping parts of it.
+
+    Raises:
+        DataError: scikit-image is not installed.
+    """
     try:
         folder = Path(str(resources.files("skimage.data")))
     except ModuleNotFoundError as error:
         raise DataError("embedded:photographs needs scikit-image", "pip install 'swinv2-scale[photos]'") from error
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower().removeprefix(".") not in IMAGE_FORMATS:
-            continue
-        with Image.open(path) as image:
-            if image.mode != "RGB" or min(image.size) < 200:
-                continue
+    for name in _PHOTOGRAPHS[split]:
+        with Image.open(folder / name) as image:
             w, h = image.size
-            third, width, height = (w // 3, h // 3), w - w // 3, h - h // 3
-            boxes = [(0, 0, w, h)] + [(x, y, x + width, y + height) for x in (0, third[0]) for y in (0, third[1])]
+            width, height = w - w // 3, h - h // 3
+            boxes = [(0, 0, w, h)]
+            boxes += [(x, y, x + width, y + height) for x in (0, w // 3) for y in (0, h // 3)]
             for number, box in enumerate(boxes):
-                yield {"__key__": f"{path.stem}-{number}", "png": _encode(image.crop(box))}
+                yield {"__key__": f"{Path(name).stem}-{number}", "png": _encode(image.crop(box))}
 
 
 def image_folder(folder: Path) -> Iterator[RawSample]:

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -21,6 +22,13 @@ from deepspeed.utils.tensor_fragment import fragment_address
 # Otherwise DeepSpeed compiles a shared-memory transport on the first CPU run: minutes, and a C++ compiler.
 if not torch.cuda.is_available():
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# DeepSpeed 0.19.8 imports Muon whatever the optimizer, and Muon's decorators import torch's whole compiler: 1.7 s of
+# every start. Nobody here uses Muon; imported once without the decorators it costs nothing.
+_decorate, compiler.compile = compiler.compile, lambda: lambda function: function
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
+
+compiler.compile = _decorate
 
 #: DeepSpeed's own logger writes to the console from every rank; its lines go to RUN/log/rank-N.log instead.
 deepspeed_logger = logging.getLogger("DeepSpeed")

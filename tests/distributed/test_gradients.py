@@ -15,7 +15,7 @@ GIANT = [
     "model.num_heads=[1,2,4,8]",
     "data.global_batch_size=2",
     "data.micro_batch_size=1",
-    "data.train=embedded:photographs/all",
+    "data.train=embedded:photographs/train",
     "data.validation=null",
 ]
 

@@ -62,7 +62,8 @@ def test_a_poisoned_rank_changes_no_weight_on_any(
     one: dict[str, Any], two: dict[str, Any], stage: str, poison: str
 ) -> None:
     for found in (one, two) if stage in ALONE else (two,):
-        assert found[stage][poison] == {"is_applied": False, "unchanged": True}
+        assert found[stage][poison] is False
+        assert found[stage]["unchanged"]
         assert all(is_applied for _, _, is_applied in found[stage]["losses"])  # and training goes on after it
 
 

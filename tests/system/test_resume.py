@@ -55,10 +55,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_one_row_a_step(
     # A line cut in the middle is what a power cut leaves.
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
-    resumed = pretrain(*arguments, processes=2)
+    resumed = pretrain(*arguments, "--steps", 15, processes=2)
     assert resumed.code == 0, resumed.output
     assert "step-00000007" in resumed.output
-    assert metrics(tmp_path / "run") == metrics(unbroken)
+    assert metrics(tmp_path / "run") == metrics(unbroken)[:15]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -90,9 +90,9 @@ def test_typed_again_a_finished_run_says_so_and_changes_nothing(config: Path, un
 
 
 def test_one_process_reads_the_same_global_batches_as_two(tmp_path: Path, config: Path, unbroken: Path) -> None:
-    alone = pretrain("--config", config, "--run-dir", tmp_path / "run", "--steps", 12)
+    alone = pretrain("--config", config, "--run-dir", tmp_path / "run", "--steps", 6)
     assert alone.code == 0, alone.output
-    ours, theirs = metrics(tmp_path / "run"), metrics(unbroken)[:12]
+    ours, theirs = metrics(tmp_path / "run"), metrics(unbroken)[:6]
     assert [row["data_digest"] for row in ours] == [row["data_digest"] for row in theirs]
     assert [row["lr"] for row in ours] == [row["lr"] for row in theirs]
     # Same samples, same draws: what differs is the order of additions, in bf16 a relative 2**-8 each.

@@ -1,0 +1,112 @@
+"""Time and memory of the quick start, as a user types it: python benchmarks/quickstart.py > benchmarks/results/...md
+
+Runs `make pretrain`'s own command in a fresh folder (new run directory, new shards), watches the whole process tree,
+and prints a Markdown page with the raw output. Memory is the proportional set size (PSS) summed over all processes of
+the tree, sampled four times a second: shared pages count once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            "deepspeed",
+            "-q",
+            "--num_gpus",
+            "2",
+            "launch/pretrain.py",
+            "--config",
+            "configs/quickstart/simmim.yaml",
+            "--run-dir",
+            f"{folder}/run",
+            f"data.shards_dir={folder}/shards",
+            *sys.argv[1:],
+        ]
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        memory = PeakMemory(process.pid)
+        first_step = 0.0
+        lines = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if not first_step and re.search(r" step 1/", line):
+                first_step = time.monotonic() - started
+        code = process.wait()
+        total = time.monotonic() - started
+        peak = memory.stop()
+    print("# Quick start\n")
+    print(f"- machine: {cpu_model()}, {len(os.sched_getaffinity(0))} cores, {total_memory():.0f} GiB, no GPU")
+    names = ("torch", "deepspeed", "webdataset", "numpy")
+    print(f"- versions: Python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in names))
+    print(f"- command: `{' '.join(command).replace(folder, 'FOLDER')}` (exit code {code})")
+    print(f"- first training step after {first_step:.1f} s (shards written on the way)")
+    print(f"- all of it after {total:.1f} s")
+    print(f"- peak memory of all processes together: {peak / 2**30:.2f} GiB\n")
+    print("```\n" + "".join(lines).replace(folder, "FOLDER").strip() + "\n```")
+
+
+class PeakMemory:
+    """Samples a process tree in a thread."""
+
+    def __init__(self, pid: int) -> None:
+        self._root = psutil.Process(pid)
+        self._peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return self._peak
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.25):
+            total = 0
+            try:
+                processes = [self._root, *self._root.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            for process in processes:
+                try:
+                    total += process.memory_full_info().pss
+                except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                    continue
+            self._peak = max(self._peak, total)
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def total_memory() -> float:
+    return psutil.virtual_memory().total / 2**30
+
+
+if __name__ == "__main__":
+    main()
