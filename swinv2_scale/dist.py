@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,12 +60,15 @@ def start(timeout_s: int) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     if torch.cuda.is_available():
-        if local_rank() >= torch.cuda.device_count():
+        if local_world_size() > torch.cuda.device_count():
             raise ClusterError(
-                f"local rank {local_rank()} has no GPU: this node has {torch.cuda.device_count()}",
-                "start at most one process per GPU",
+                f"{local_world_size()} processes on a node that shows {torch.cuda.device_count()} GPUs",
+                "start one process per GPU, and let every process see all of them (CUDA_VISIBLE_DEVICES)",
             )
         torch.cuda.set_device(local_rank())
+        # Resuming to the same bits needs the same sums: no atomics in convolutions, no autotuned choice of kernels.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         backend = "nccl"
     else:
         # Two processes with all cores each would only take them from one another.
@@ -74,7 +78,8 @@ def start(timeout_s: int) -> None:
     timeout = timedelta(seconds=timeout_s)
     try:
         if world_size() > 1:
-            torch_dist.init_process_group(backend, timeout=timeout)
+            device_id = device() if torch.cuda.is_available() else None
+            torch_dist.init_process_group(backend, timeout=timeout, device_id=device_id)
         else:
             torch_dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     except (RuntimeError, ValueError) as error:
@@ -144,14 +149,21 @@ def all_agree(action: Callable[[], T], doing: str) -> T:
     """
     result: T | None = None
     failure: ScaleError | None = None
+    bug: Exception | None = None
     try:
         result = action()
     except ScaleError as error:
         failure = error
     except OSError as error:
-        failure = _from_os_error(error, doing)
+        failure = OutputError(f"rank {rank()} failed while {doing}: {error}", _advice(error))
+    except Exception as error:  # a bug of ours: raised here as it is, and the other ranks must not wait for this one
+        bug = error
+        failure = PeerLostError(f"rank {rank()} failed while {doing}: {error!r}", "see its traceback")
     failures = [f for f in gather(failure) if f is not None]
+    if bug is not None:
+        raise bug
     if failures:
+        failures[0].is_shared = True
         raise failures[0]
     return result  # type: ignore[return-value]
 
@@ -162,5 +174,7 @@ def on_rank_zero(action: Callable[[], T], doing: str) -> T:
     return broadcast(result)
 
 
-def _from_os_error(error: OSError, doing: str) -> ScaleError:
-    return OutputError(f"rank {rank()} failed while {doing}: {error}", "free some space or check permissions")
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, then start the same command again"
+    return "check permissions" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""

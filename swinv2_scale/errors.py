@@ -31,6 +31,8 @@ class ScaleError(Exception):
     """
 
     exit_code: ExitCode = ExitCode.BAD_CONFIG
+    #: All ranks raise this very error, so one of them saying it is enough.
+    is_shared = False
 
     def __init__(self, message: str, next_step: str = "") -> None:
         super().__init__(message, next_step)

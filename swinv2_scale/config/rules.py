@@ -34,7 +34,10 @@ _RESUME_POLICY: dict[str, ResumePolicy] = {
     "engine.activation_checkpointing": "free",
     "engine.overlap_comm": "free",
     "engine.max_skipped_steps": "free",
-    "engine.deepspeed_overrides": "warn",
+    "engine.reduce_bucket_elements": "warn",
+    "engine.prefetch_bucket_elements": "free",
+    "engine.param_persistence_elements": "free",
+    "engine.max_live_elements": "free",
     "checkpoint": "free",
     "evaluation": "free",
     "logging": "free",
@@ -161,6 +164,9 @@ def _data_problems(config: RunConfig) -> list[ConfigProblem]:
             f"{data.micro_batch_size} doesn't divide data.global_batch_size {data.global_batch_size}; {nearest} do"
         )
         problems.append(ConfigProblem("data.micro_batch_size", message))
+    if config.model.in_channels not in (1, 3):
+        message = f"{config.model.in_channels} channels can't be read from images; 1 (grey) and 3 (colour) can"
+        problems.append(ConfigProblem("model.in_channels", message))
     for key, values in (("data.pixel_mean", data.pixel_mean), ("data.pixel_std", data.pixel_std)):
         if len(values) != config.model.in_channels:
             message = f"has {len(values)} values, model.in_channels is {config.model.in_channels}"
@@ -195,10 +201,18 @@ def _engine_problems(config: RunConfig) -> list[ConfigProblem]:
         owner = next((o for k, o in OWNED_BY_CONFIG.items() if key == k or key.startswith(k + ".")), None)
         if owner:
             problems.append(ConfigProblem(full, f"is set by {owner}; change it there"))
+        elif key.endswith(".device") and "nvme" in str(_value_at(engine.deepspeed_overrides, key)):
+            problems.append(ConfigProblem(full, "nvme is not possible yet: checkpoints would not hold what lies there"))
         elif key not in DEEPSPEED_KEYS:
             near = difflib.get_close_matches(key, DEEPSPEED_KEYS, 1)
             problems.append(ConfigProblem(full, "no such DeepSpeed key", suggestion=near[0] if near else ""))
     return problems
+
+
+def _value_at(tree: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
 
 
 def _either(values: tuple[int, int]) -> str:

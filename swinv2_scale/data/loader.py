@@ -63,8 +63,9 @@ class PositionDataset(Dataset[Any]):
 
 
 def sample_digest(position: int, sample_id: str) -> int:
-    """48 bits of a position and the sample read there; their sum over a batch is exact in int64 and order-aware."""
-    return int.from_bytes(hashlib.blake2b(f"{position} {sample_id}".encode(), digest_size=6).digest(), "little")
+    """40 bits of a position and the sample read there; their sum over a batch is exact in int64 and order-aware."""
+    text = f"{position} {sample_id}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=5).digest(), "little")
 
 
 def training_batches(
@@ -152,10 +153,13 @@ def _batches(
         # Its own generator: the loader draws a seed for its workers, which nobody uses.
         generator=torch.Generator(),
     )
-    for item in loader:
-        if isinstance(item, DataError):
-            raise item
-        yield item
+    try:
+        for item in loader:
+            if isinstance(item, DataError):
+                raise item
+            yield item
+    finally:
+        dataset.reader.close()  # without workers it was used in this process
 
 
 def _ignore_signals(_: int) -> None:

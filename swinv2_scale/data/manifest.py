@@ -84,10 +84,12 @@ class ShardSet:
         for path, entry in zip(self.paths, self.entries, strict=True):
             wanted = {path: entry.bytes, index_path(path): entry.samples * INDEX_ENTRY.size}
             for file, size in wanted.items():
-                found = file.stat().st_size if file.is_file() else None
-                if found is None:
-                    wrong.append(f"{file} is missing")
-                elif found != size:
+                try:
+                    found = file.stat().st_size
+                except OSError as error:
+                    wrong.append(f"{file} is missing" if isinstance(error, FileNotFoundError) else f"{file}: {error}")
+                    continue
+                if found != size:
                     wrong.append(f"{file} has {found} bytes, its manifest says {size}")
         if wrong:
             shown = "".join(f"\n  - {line}" for line in wrong[:20])
@@ -200,7 +202,7 @@ def _sample_ranges(path: Path) -> list[tuple[int, int]]:
     keys: set[str] = set()
     current, end = "", 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:
                 if member.isdir():
                     end = member.offset_data

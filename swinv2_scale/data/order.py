@@ -6,12 +6,14 @@ Nothing here knows ranks, workers or history, so the order is the same for any n
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
 from swinv2_scale.draws import key_of, permuted
+
+_Blocks = tuple[list[tuple[list[int], list[int]]], list[int]]
 
 
 class Place(NamedTuple):
@@ -41,40 +43,46 @@ class Order:
     shuffle: bool
     shuffle_shards: int
 
+    _blocks_of: dict[int, _Blocks] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.sizes))
+
     @property
     def num_samples(self) -> int:
-        return sum(self.sizes)
+        return self._ends[-1]
 
     def locate(self, position: int) -> Place:
-        """Constant work, whatever the position; nothing before it is looked at."""
-        epoch, offset = divmod(position, _ends(self.sizes)[-1])
+        """The same work for any position; nothing before it is looked at, but an epoch's shards are permuted once."""
+        epoch, offset = divmod(position, self.num_samples)
         if not self.shuffle:
-            shard = bisect_right(_ends(self.sizes), offset)
-            return Place(epoch, shard, offset - (_ends(self.sizes)[shard - 1] if shard else 0))
-        blocks, ends = _blocks(self.sizes, self.seed, epoch, self.shuffle_shards)
-        block = bisect_right(ends, offset)
-        offset -= ends[block - 1] if block else 0
+            shard, offset = _piece(self._ends, offset)
+            return Place(epoch, shard, offset)
+        blocks, ends = self._blocks(epoch)
+        block, offset = _piece(ends, offset)
         shards, shard_ends = blocks[block]
         offset = permuted(offset, shard_ends[-1], key_of(self.seed, epoch, "samples", block))
-        which = bisect_right(shard_ends, offset)
-        return Place(epoch, shards[which], offset - (shard_ends[which - 1] if which else 0))
+        which, offset = _piece(shard_ends, offset)
+        return Place(epoch, shards[which], offset)
+
+    def _blocks(self, epoch: int) -> _Blocks:
+        """(shards, their cumulative sizes) of each block, and the cumulative sizes of the blocks."""
+        if epoch not in self._blocks_of:
+            key = key_of(self.seed, epoch, "shards")
+            shards = [permuted(i, len(self.sizes), key) for i in range(len(self.sizes))]
+            dealt = [shards[i : i + self.shuffle_shards] for i in range(0, len(shards), self.shuffle_shards)]
+            blocks = [(block, list(accumulate(self.sizes[shard] for shard in block))) for block in dealt]
+            for old in [e for e in self._blocks_of if abs(e - epoch) > 1]:
+                del self._blocks_of[old]
+            self._blocks_of[epoch] = blocks, list(accumulate(ends[-1] for _, ends in blocks))
+        return self._blocks_of[epoch]
 
 
-@lru_cache(maxsize=8)
-def _ends(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(accumulate(sizes))
-
-
-@lru_cache(maxsize=4)
-def _blocks(
-    sizes: tuple[int, ...], seed: int, epoch: int, shuffle_shards: int
-) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
-    """For one epoch: (shards, their cumulative sizes) of each block, and the cumulative sizes of the blocks."""
-    key = key_of(seed, epoch, "shards")
-    shards = [permuted(i, len(sizes), key) for i in range(len(sizes))]
-    dealt = [shards[i : i + shuffle_shards] for i in range(0, len(shards), shuffle_shards)]
-    blocks = [(block, list(accumulate(sizes[shard] for shard in block))) for block in dealt]
-    return blocks, list(accumulate(ends[-1] for _, ends in blocks))
+def _piece(ends: list[int], offset: int) -> tuple[int, int]:
+    """Which piece of a row of pieces an offset falls into, and where in it."""
+    piece = bisect_right(ends, offset)
+    return piece, offset - (ends[piece - 1] if piece else 0)
 
 
 def positions_of(step: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> list[range]:

@@ -80,7 +80,7 @@ class ShardReader:
     def _parse(self, shard: int, data: bytes) -> Record:
         files: dict[str, bytes] = {}
         key = ""
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8") as tar:
             for member in tar:
                 content = tar.extractfile(member)
                 if content is not None:

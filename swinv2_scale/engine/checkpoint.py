@@ -130,7 +130,7 @@ def publish(engine: Any, folder: Path, state: TrainState, facts: dict[str, Any],
         shutil.rmtree(target, ignore_errors=True)  # an unverified one of the same step, from a life before a fall-back
         part.rename(target)
         _sync_folder(folder)
-        _prune(folder, keep)
+        _prune(folder, state.step, keep)
 
     _agreed(lambda: finish() if dist.rank() == 0 else None, part, target)
     return target
@@ -190,14 +190,24 @@ def load(engine: Any, checkpoint: Checkpoint) -> None:
             f"start it with {checkpoint.world_size} processes; other numbers are not possible yet",
         )
 
+    # DeepSpeed puts these back from the checkpoint too; they belong to the configuration, which may have changed.
+    weight_decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    clip_grad = getattr(engine.optimizer, "clip_grad", None)
+
     def load_own() -> None:
         try:
             with _engine_writes_with(engine, SafeCheckpointEngine()):
-                engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+                path, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+            if path is None:
+                raise RuntimeError("DeepSpeed found nothing to load")
         except (OSError, RuntimeError, AssertionError, KeyError, EOFError, UnpicklingError) as error:
             raise CheckpointError(f"rank {dist.rank()} cannot load {checkpoint.path}: {error!r}") from error
 
     dist.all_agree(load_own, f"loading {checkpoint.path}")
+    for group, weight_decay in zip(engine.optimizer.param_groups, weight_decays, strict=True):
+        group["weight_decay"] = weight_decay
+    if clip_grad is not None:
+        engine.optimizer.clip_grad = clip_grad
 
 
 def remove_unpublished(folder: Path) -> None:
@@ -257,9 +267,15 @@ def _damage(folder: Path, records: tuple[FileRecord, ...]) -> list[str]:
     return lines
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for checkpoint in find(folder)[keep:]:
-        shutil.rmtree(checkpoint.path, ignore_errors=True)
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Keep the newest ones up to the step just published; later ones were damaged and are of a dropped future."""
+    found = find(folder)
+    past = [checkpoint for checkpoint in found if checkpoint.step <= step]
+    for checkpoint in [*past[keep:], *(checkpoint for checkpoint in found if checkpoint.step > step)]:
+        # Renamed first: a deletion that is killed half-way is swept at the next start.
+        gone = checkpoint.path.with_name(_PART + checkpoint.path.name)
+        checkpoint.path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _write_json(path: Path, data: Any) -> None:

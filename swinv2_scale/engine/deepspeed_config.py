@@ -49,6 +49,7 @@ def translate(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded states are stepped by torch's AdamW: nothing to compile
         "bf16": {"enabled": engine.precision == "bf16"},
         "steps_per_print": None,
     }

@@ -86,9 +86,10 @@ def open_inputs(config: RunConfig) -> Inputs:
     if config.data.validation is None:
         return Inputs(config, train, None)
     validation = _open_shard_set(config, config.data.validation, "validation")
-    both = {p.resolve() for p in train.paths} & {p.resolve() for p in validation.paths}
+    both = {entry.sha256 for entry in train.entries} & {entry.sha256 for entry in validation.entries}
     if both:
-        raise DataError(f"{min(both)} is in data.train and in data.validation", "hold some shards back")
+        name = next(path for path, entry in zip(train.paths, train.entries, strict=True) if entry.sha256 in both)
+        raise DataError(f"{name} is in data.train and in data.validation", "hold some shards back")
     return Inputs(config, train, validation)
 
 
@@ -97,16 +98,9 @@ def _open_shard_set(config: RunConfig, pattern: str | tuple[str, ...], use: str)
         name = pattern
         pattern = dist.on_rank_zero(lambda: embedded_shards(name, Path(config.data.shards_dir)), f"writing {name}")
     wanted = pattern
-
-    def read() -> ShardSet:
-        shards = read_shard_set(wanted)
-        if dist.local_rank() == 0:  # once a node: the others see the same files
-            shards.check_files()
-        return shards
-
-    shards = dist.all_agree(read, f"opening the {use} shards")
-    if len(set(dist.gather(shards.digest))) > 1:
-        raise DataError(f"ranks see different {use} shards", "every node must see the same files")
+    # Rank 0 reads the manifests, one rank of each node looks for the files.
+    shards = dist.on_rank_zero(lambda: read_shard_set(wanted), f"opening the {use} shards")
+    dist.all_agree(lambda: shards.check_files() if dist.local_rank() == 0 else None, f"checking the {use} shards")
     log().info(
         "%s data: %s samples in %d shards, %.1f MiB (%s)",
         use,

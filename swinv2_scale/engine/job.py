@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,10 @@ from swinv2_scale.engine.loop import Loop
 from swinv2_scale.engine.optim import build_optimizer
 from swinv2_scale.engine.output import Output
 from swinv2_scale.engine.preemption import StopRequest
-from swinv2_scale.engine.resume import Resume, facts_of, find_checkpoint
+from swinv2_scale.engine.resume import Resume, facts_of, find_checkpoint, plain, versions
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.step import TrainState
-from swinv2_scale.errors import ClusterError, ExitCode
+from swinv2_scale.errors import ClusterError, ConfigError, ExitCode
 from swinv2_scale.models.initialise import initial_values
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.tasks.simmim import SimMIMTask
@@ -54,26 +56,35 @@ def run_job(loaded: LoadedConfig, options: JobOptions) -> ExitCode:
     directory = RunDirectory(options.run_dir)
     try:
         with dist.peers_may_be_lost("training"):
+            _check_ranks_agree(loaded.config, options)
             code = _run(loaded, options, directory, stop_request)
             dist.barrier()
             return code
+    except BaseException:
+        log().debug("ended by:", exc_info=True)  # into this rank's log file; the console gets one error, not W
+        raise
     finally:
         directory.close()
         dist.stop()
 
 
-def build_engine(config: RunConfig, task: Task) -> Any:
-    """The DeepSpeed engine around a task's freshly initialised model, checked against the configuration."""
+def build_engine(config: RunConfig, task: Task, will_load: bool = False) -> Any:
+    """The DeepSpeed engine around a task's freshly initialised model, checked against the configuration.
+
+    Args:
+        will_load: a checkpoint comes next: leave the values undefined.
+    """
     started = time.perf_counter()
     ds_config = translate(config, dist.world_size())
     model = zero.build(task.build_model, ds_config)
     shapes = zero.full_shapes(model)
-    zero.assign(model, initial_values(model, shapes, config.seed))
+    if not will_load:
+        zero.assign(model, initial_values(model, shapes, config.seed))
     activation_checkpointing.apply(model, config.engine.activation_checkpointing)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, shapes, config.optim), config=ds_config
     )
-    if config.engine.precision == "bf16":
+    if config.engine.precision == "bf16" and not will_load:
         zero.assign_masters(engine, initial_values(model, shapes, config.seed))
     read_back(engine, config, dist.world_size())
     log().info(
@@ -95,15 +106,14 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
     dist.all_agree(lambda: log_to_file(directory.log(dist.rank()), deepspeed_logger), "opening the log")
     _greet(config, directory, num_micro_batches)
     inputs = open_inputs(config)
-    found = find_checkpoint(options.resume, directory, config, inputs.train)
-    state = checkpoint.read_state(found)[0] if found else TrainState()
+    found, state = find_checkpoint(options.resume, directory, config, inputs.train)
     last_step = min(options.last_step or config.optim.total_steps, config.optim.total_steps)
     if state.step >= last_step:
         _say_reached(state, config, directory)
         return ExitCode.DONE
 
     task: Task = _TASKS[config.task.name](config)
-    engine = build_engine(config, task)
+    engine = build_engine(config, task, will_load=found is not None)
     if found:
         checkpoint.load(engine, found)
     output = dist.all_agree(
@@ -129,7 +139,8 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
         batches.close()
         progress.close()
         if output:
-            output.close()
+            with contextlib.suppress(OSError):  # every row was flushed when it was written
+                output.close()
     _say_result(code, loop.state, config, directory)
     return code
 
@@ -184,6 +195,18 @@ def _check_cluster(config: RunConfig) -> None:
         raise ClusterError(problem, "check the hostfile's path and contents (DeepSpeed goes on without it), or the key")
 
 
+def _check_ranks_agree(config: RunConfig, options: JobOptions) -> None:
+    """Every rank reads its own copy of the configuration; a stale one would train a part of the weights differently."""
+    mine = json.dumps([plain(config), str(options.run_dir), options.last_step, options.resume, versions()])
+    everybody = dist.gather(mine)
+    others = [rank for rank, theirs in enumerate(everybody) if theirs != everybody[0]]
+    if others:
+        raise ConfigError(
+            f"ranks {others} were started with another configuration, options or versions than rank 0",
+            "make every node see the same files, environment and command line",
+        )
+
+
 def _greet(config: RunConfig, directory: RunDirectory, num_micro_batches: int) -> None:
     world_size = dist.world_size()
     on_cpu = f"CPU, {torch.get_num_threads()} thread(s) each"
@@ -213,7 +236,7 @@ def _say_result(code: ExitCode, state: TrainState, config: RunConfig, directory:
     if code == ExitCode.STOPPED:
         log().info("stopped at step %d; the same command goes on from there (exit code %d)", state.step, code)
     elif state.step < config.optim.total_steps:
-        log().info("step %d is reached; the same command goes on from there", state.step)
+        log().info("step %d is reached, and saved; without --steps, or with more, the same command goes on", state.step)
     else:
         log().info("done: %d steps", state.step)
         log().info("  pictures: %s   curves: tensorboard --logdir %s", directory.panels, directory.root)

@@ -16,7 +16,7 @@ from swinv2_scale.data.loader import Batch
 from swinv2_scale.engine.optim import learning_rate
 from swinv2_scale.engine.preemption import StopRequest
 from swinv2_scale.engine.step import StepResult, TrainState, train_step
-from swinv2_scale.errors import DivergedError, ExitCode, OutputError, ScaleError
+from swinv2_scale.errors import DataError, DivergedError, ExitCode, OutputError, ScaleError
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import ProgressLine, log
 from swinv2_scale.telemetry.metrics import peak_memory_bytes
@@ -101,6 +101,11 @@ class Loop:
             return [next(self.batches) for _ in range(self.num_micro_batches)], None
         except ScaleError as error:
             return [], error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            message = f"rank {dist.rank()}: a loader worker died: {str(error).splitlines()[0]}"
+            return [], DataError(message, "most often memory: lower data.num_workers or data.prefetch_batches")
 
     def _boundary(self, failure: ScaleError | None) -> bool:
         """The one place of a step where ranks agree on failures and stop signals. True: stop."""

@@ -7,6 +7,7 @@ import platform
 from importlib.metadata import version
 from typing import Any, Literal
 
+from swinv2_scale import dist
 from swinv2_scale.config.loader import flatten
 from swinv2_scale.config.rules import changes
 from swinv2_scale.config.run import RunConfig
@@ -14,14 +15,19 @@ from swinv2_scale.data.manifest import ShardSet
 from swinv2_scale.engine import checkpoint
 from swinv2_scale.engine.checkpoint import Checkpoint
 from swinv2_scale.engine.run_dir import RunDirectory
+from swinv2_scale.engine.step import TrainState
 from swinv2_scale.errors import CheckpointError, ConfigError, DataError, OutputError
 from swinv2_scale.telemetry.console import log
 
 Resume = Literal["auto", "required", "never"]
 
 
-def find_checkpoint(resume: Resume, directory: RunDirectory, config: RunConfig, train: ShardSet) -> Checkpoint | None:
-    """The newest whole checkpoint of the run directory, if its run is this one; called by all ranks.
+def find_checkpoint(
+    resume: Resume, directory: RunDirectory, config: RunConfig, train: ShardSet
+) -> tuple[Checkpoint | None, TrainState]:
+    """The newest whole checkpoint of the run directory, if its run is this one, and where it stands.
+
+    Called by all ranks; without a checkpoint the state is the beginning.
 
     Raises:
         CheckpointError: all checkpoints are damaged, or one is required and there is none.
@@ -36,21 +42,21 @@ def find_checkpoint(resume: Resume, directory: RunDirectory, config: RunConfig, 
                 f"--resume required, but {directory.checkpoints} holds no checkpoint",
                 "correct --run-dir, or start a new run with --resume auto",
             )
-        return None
+        return None, TrainState()
     if resume == "never":
         raise OutputError(
             f"--resume never, but {directory.root} holds a run at step {found.step}",
             "choose another --run-dir for a new run; nothing here is overwritten",
         )
-    _, facts = checkpoint.read_state(found)
+    state, facts = dist.on_rank_zero(lambda: checkpoint.read_state(found), f"reading {found.path}")
     _compare_runs(facts, config, train, directory)
     log().info("resuming from %s: step %d, every file verified", found.path, found.step)
-    return found
+    return found, state
 
 
 def facts_of(config: RunConfig, train: ShardSet) -> dict[str, Any]:
     """What a checkpoint says about its run."""
-    return {"config": _plain(config), "train_digest": train.digest, "versions": versions()}
+    return {"config": plain(config), "train_digest": train.digest, "versions": versions()}
 
 
 def versions() -> dict[str, str]:
@@ -60,7 +66,7 @@ def versions() -> dict[str, str]:
 
 
 def _compare_runs(facts: dict[str, Any], config: RunConfig, train: ShardSet, directory: RunDirectory) -> None:
-    differing = changes(facts["config"], _plain(config))
+    differing = changes(facts["config"], plain(config))
     if any(change.policy == "fixed" for change in differing):
         lines = "".join(f"\n  - {change}" for change in differing)
         raise ConfigError(
@@ -76,7 +82,7 @@ def _compare_runs(facts: dict[str, Any], config: RunConfig, train: ShardSet, dir
         )
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
+def plain(config: RunConfig) -> dict[str, Any]:
     """Flat, and as JSON gives it back: lists for tuples."""
     flat: dict[str, Any] = json.loads(json.dumps({".".join(key): value for key, value in flatten(config).items()}))
     return flat

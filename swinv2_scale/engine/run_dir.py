@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -60,8 +61,13 @@ class RunDirectory:
                 f"cannot write the run directory {self.root}: {error}", "choose another --run-dir"
             ) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A record lock: loader workers, which outlive a killed rank by seconds, don't inherit it as flock's.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise OutputError(
+                    f"cannot lock {self.root}: {error}", "put the run directory on another disk"
+                ) from error
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             lock.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +18,8 @@ def build(build_model: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn
     The values are undefined: ``zero.Init`` silently drops what constructors write, so nothing relies on them.
     """
     if ds_config["zero_optimization"]["stage"] < 3:
-        return build_model().to(dist.device())
+        with dist.device():
+            return build_model()
     deepspeed.init_distributed()  # wraps the group of dist.start(); zero.Init takes the world size from it
     # No dtype= here: zero.Init 0.19.8 reads `dtype or fp16 if supported else bf16`, which makes float32 into bfloat16
     # on a CPU. It takes the right type from the configuration.
@@ -81,11 +81,3 @@ def _stage_zero_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
         for group, master_group in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
         for weight, master in zip(group, master_group, strict=True)
     }
-
-
-@contextlib.contextmanager
-def whole_parameters(model: nn.Module) -> Any:
-    """All parameters whole on every rank, to look at; only for models that fit."""
-    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-        yield

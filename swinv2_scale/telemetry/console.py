@@ -19,7 +19,8 @@ def log() -> logging.Logger:
 
 
 def start_logging(rank: int) -> None:
-    """Console output: rank 0 speaks, the others only when something is wrong."""
+    """Console output: rank 0 speaks, the others only when something is wrong; warnings go to the log files."""
+    logging.captureWarnings(True)
     _LOGGER.handlers.clear()
     _LOGGER.setLevel(logging.DEBUG)
     _LOGGER.propagate = False

@@ -26,8 +26,8 @@ class TensorBoard:
     def __init__(self, folder: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step is where TensorBoard forgets; nothing to forget in a new run.
-        self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
+        # From purge_step on TensorBoard forgets what was there, also that of a life that never saved.
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def row(self, row: dict[str, Any]) -> None:
         for key, tag in _SCALARS.items():

@@ -18,6 +18,7 @@ from swinv2_scale.config.loader import load_config
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.data.loader import Batch
 from swinv2_scale.engine import checkpoint, zero
+from swinv2_scale.engine.deepspeed_import import deepspeed
 from swinv2_scale.engine.inputs import open_inputs
 from swinv2_scale.engine.job import build_engine
 from swinv2_scale.engine.step import TrainState, train_step
@@ -41,7 +42,8 @@ class PoisonedTask(SimMIMTask):
 def digest(engine: Any) -> str:
     """Of all weights, whole."""
     sha = hashlib.sha256()
-    with zero.whole_parameters(engine.module):
+    partitioned = [p for p in engine.module.parameters() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
         for _, parameter in sorted(engine.module.named_parameters()):
             sha.update(parameter.detach().float().contiguous().numpy().tobytes())
     return sha.hexdigest()

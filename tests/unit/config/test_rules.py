@@ -347,7 +347,7 @@ def test_independent_mistakes_are_all_found():
         ("optim.warmup_steps", "fixed"),
         ("engine.precision", "fixed"),
         ("engine.activation_checkpointing.offload", "free"),
-        ("engine.deepspeed_overrides.wall_clock_breakdown", "warn"),
+        ("engine.deepspeed_overrides.wall_clock_breakdown", "fixed"),
         ("checkpoint.keep", "free"),
         ("logging.tensorboard", "free"),
         ("cluster.world_size", "free"),
