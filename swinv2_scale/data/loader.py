@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -160,6 +162,14 @@ def _batches(
             yield item
     finally:
         dataset.reader.close()  # without workers it was used in this process
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python ends daemons with the SIGTERM that ours ignore, and would wait for them for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _ignore_signals(_: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -165,6 +167,23 @@ def test_a_damaged_sample_is_a_data_error_at_the_batch_that_needs_it(tmp_path: P
     assert f"{path}: sample {place.sample} " in caught.value.message
     assert caught.value.next_step
     assert "Traceback" not in str(caught.value)
+
+
+def test_an_iterator_left_open_does_not_keep_the_process_from_ending(shards: ShardSet) -> None:
+    script = (
+        "import sys, pathlib\n"
+        "from swinv2_scale.data.loader import training_batches\n"
+        "from swinv2_scale.data.manifest import read_shard_set\n"
+        "from swinv2_scale.data.order import Order\n"
+        "shards = read_shard_set(sys.argv[1])\n"
+        "batches = training_batches(shards, Order(shards.sizes, 0, True, 4), lambda record, draw: {}, start_step=0,\n"
+        "    end_step=9, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1, num_workers=1,\n"
+        "    prefetch_batches=1)\n"
+        "next(batches)\n"
+    )
+    pattern = str(shards.paths[0].parent / "*.tar")
+    ended = subprocess.run([sys.executable, "-c", script, pattern], timeout=120, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def refuse(record: Record, draw: Draw) -> Sample:
