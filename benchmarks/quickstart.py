@@ -1,7 +1,9 @@
-"""Time and memory of the quick start, as a user types it: python benchmarks/quickstart.py > benchmarks/results/...md
+"""Time and memory of the quick start, as a user types it (after `make setup`):
 
-Runs `make pretrain`'s own command in a fresh folder (new run directory, new shards), watches the whole process tree,
-and prints a Markdown page with the raw output. Memory is the proportional set size (PSS) summed over all processes of
+    .venv/bin/python benchmarks/quickstart.py > benchmarks/results/quickstart_HARDWARE_YYYYMM.md
+
+Types `make pretrain` with a new run directory and new shards, watches the whole process tree, and prints a Markdown
+page with the raw output. Memory is the proportional set size (PSS) summed over all processes of
 the tree, sampled four times a second: shared pages count once.
 """
 
@@ -11,7 +13,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,28 +26,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            "deepspeed",
-            "-q",
-            "--num_gpus",
-            "2",
-            "launch/pretrain.py",
-            "--config",
-            "configs/quickstart/simmim.yaml",
-            "--run-dir",
-            f"{folder}/run",
-            f"data.shards_dir={folder}/shards",
-            *sys.argv[1:],
-        ]
-        environment = {
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
+        command = ["make", "pretrain", f"ARGS=--run-dir {folder}/run data.shards_dir={folder}/shards"]
         started = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         memory = PeakMemory(process.pid)
         first_step = 0.0
         lines = []

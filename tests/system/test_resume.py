@@ -4,11 +4,14 @@ import json
 import os
 import signal
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from swinv2_scale.data.sources import fashion_mnist
+from swinv2_scale.data.writer import write_shards
 from tests.support.processes import Job, pretrain, start_pretrain
 from tests.support.small_run import metrics, write_config
 
@@ -142,3 +145,14 @@ def _tensors(value: object) -> list[torch.Tensor]:
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return [tensor for item in items for tensor in _tensors(item)]
+
+
+def test_uneven_shards_smaller_than_a_batch_keep_the_ranks_in_step(tmp_path: Path, config: Path) -> None:
+    samples = fashion_mnist("train")
+    for number, size in enumerate((3, 1, 7, 11, 2)):
+        write_shards(islice(samples, size), tmp_path / f"shards-{number}", samples_per_shard=size, made_by="a test")
+    # 24 samples, 16 a step: the second step begins a new epoch in its middle.
+    arguments = (f"data.train={tmp_path}/shards-*/*.tar", "data.num_workers=2", "optim.total_steps=7")
+    finished = pretrain("--config", config, "--run-dir", tmp_path / "run", *arguments, processes=2)
+    assert finished.code == 0, finished.output
+    assert [row["samples_seen"] for row in metrics(tmp_path / "run")] == [16 * step for step in range(1, 8)]
