@@ -17,6 +17,16 @@ from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.source import KeyPath, Settings, apply_overrides, format_value, read_settings
 from swinv2_scale.errors import ConfigError, ConfigProblem
 
+#: What other trainers call it.
+_OTHER_NAMES: dict[str, KeyPath] = {
+    "learning_rate": ("optim", "lr"),
+    "batch_size": ("data", "global_batch_size"),
+    "epochs": ("optim", "total_steps"),
+    "img_size": ("model", "image_size"),
+    "clip_grad": ("optim", "clip_grad_norm"),
+    "use_checkpoint": ("engine", "activation_checkpointing"),
+}
+
 
 @dataclass(frozen=True)
 class LoadedConfig:
@@ -173,6 +183,6 @@ def _nearest_key(key: KeyPath) -> str:
     near = difflib.get_close_matches(key[-1], siblings, 1)
     if near:
         return ".".join(siblings[near[0]])
-    elsewhere = {k[-1]: k for k in reversed(known)}
+    elsewhere = {**_OTHER_NAMES, **{k[-1]: k for k in reversed(known)}}
     near = difflib.get_close_matches(key[-1], elsewhere, 1, cutoff=0.75)
     return ".".join(elsewhere[near[0]]) if near else ""

@@ -42,6 +42,7 @@ def test_a_misspelled_key_names_file_line_and_the_nearest_key(config: Path, tmp_
     line = text.splitlines().index("  warmup_step: 5") + 1
     finished = pretrain("--config", config, "--run-dir", tmp_path / "run")
     assert_refused(finished, 78, f"{config}:{line}", "optim.warmup_step:", "optim.warmup_steps", "optim.lerning_rate")
+    assert "did you mean optim.lr?" in finished.output
     assert not (tmp_path / "run").exists()
 
 
