@@ -184,10 +184,8 @@ def index_shard(path: Path) -> ShardEntry:
         DataError: not a complete tar, a member that is no file, or a sample whose files don't follow each other.
     """
     ranges = _sample_ranges(path)
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
         with index_path(path).open("wb") as index:
             for start, length in ranges:
                 file.seek(start)

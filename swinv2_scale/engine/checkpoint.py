@@ -244,10 +244,8 @@ def _agreed(action: Any, part: Path, target: Path) -> Any:
 
 
 def _record(path: Path) -> FileRecord:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
     return FileRecord(path.name, path.stat().st_size, digest.hexdigest())
 
 
