@@ -36,13 +36,9 @@ def effective_shift(window_size: Size, map_size: Size) -> Size:
     return tuple(0 if length <= window else window // 2 for window, length in zip(window_size, map_size, strict=True))
 
 
-def coordinate_divisor(pretrained_window: int, effective: Size) -> Size:
-    """What relative offsets are divided by before the log: the *pre-training* window minus one, never below one.
-
-    Args:
-        pretrained_window: the window of the first pre-training in this stage; 0 where this run is the first.
-    """
-    return tuple(max((pretrained_window or length) - 1, 1) for length in effective)
+def coordinate_divisor(pretrained_window: Size) -> Size:
+    """What relative offsets are divided by before the log: the *pre-training* window minus one, never below one."""
+    return tuple(max(length - 1, 1) for length in pretrained_window)
 
 
 def spans(length: int, window: int, shift: int) -> list[tuple[int, int]]:

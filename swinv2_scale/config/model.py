@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from swinv2_scale import geometry
 
-AttentionBackend = Literal["eager", "sequential"]
+AttentionBackend = Literal["eager", "sequential", "sdpa"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -21,13 +21,16 @@ class Section(BaseModel):
 
 #: Every named shape. Widths and depths: Swin V2 (arXiv 2111.09883) sec. 3.6 and the released configurations of T to L.
 #: The heads of H and G were never published; 32 channels a head is what all published variants have. The extra
-#: LayerNorm "on the main branch every 6 layers" (sec. 3.6) belongs to H and G alone.
+#: LayerNorm "on the main branch every 6 layers" (sec. 3.6) belongs to H and G alone. ``1b`` is what Microsoft's model
+#: hub calls "giant" or "g" and gives as 1.06 billion parameters: not the paper's G. Its width is not published; 448 is
+#: the multiple of 32 that gives that number.
 VARIANTS: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
     "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
     "large": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
     "huge": {"embed_dim": 352, "depths": (2, 2, 18, 2), "num_heads": (11, 22, 44, 88), "extra_norm_every": 6},
+    "1b": {"embed_dim": 448, "depths": (2, 2, 18, 2), "num_heads": (14, 28, 56, 112)},
     "giant": {"embed_dim": 512, "depths": (2, 2, 42, 4), "num_heads": (16, 32, 64, 128), "extra_norm_every": 6},
 }
 
@@ -52,12 +55,16 @@ class ModelConfig(Section):
     depths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     num_heads: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     window_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 12
-    #: The window each stage was first pre-trained with; 0 or nothing: this run is the first, its own window counts.
-    pretrained_window_sizes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    #: The window each stage was first pre-trained with, one number or (height, width); 0 or nothing: this run is the
+    #: first, its own window counts. Weights that are loaded bring theirs with them.
+    pretrained_window_sizes: tuple[Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt], ...] | None = None
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     drop_path_rate: Fraction = 0.0
-    #: A LayerNorm on the main branch after every so many blocks of a stage; 0: none.
+    #: A LayerNorm on the main branch after every so many blocks; 0: none.
     extra_norm_every: Annotated[int, Field(ge=0)] = 0
+    #: Whether those blocks are counted in each stage or through the model. The paper doesn't say; three public codes
+    #: count in each stage, which for G puts 7 norms into its third stage and none elsewhere.
+    extra_norm_counter: Literal["stage", "model"] = "stage"
     num_classes: Annotated[int, Field(ge=0)] = 0
     attention: AttentionConfig = AttentionConfig()
 
@@ -96,8 +103,31 @@ class ModelConfig(Section):
         return geometry.stage_maps(self.image_shape, self.patch_size, self.num_stages)
 
     @property
-    def stage_pretrained_windows(self) -> tuple[int, ...]:
-        return self.pretrained_window_sizes or (0,) * self.num_stages
+    def stage_windows(self) -> tuple[geometry.Size, ...]:
+        """The window really used in each stage at ``image_size``."""
+        return tuple(geometry.effective_window(self.window_shape, map_size) for map_size in self.stage_maps)
+
+    @property
+    def stage_pretrained_windows(self) -> tuple[geometry.Size, ...]:
+        """The window that each stage's position bias was or is first trained with, along each axis.
+
+        Fixed by the configuration, not by the images that come: a trained model keeps its scale at any size.
+        """
+        given = self.pretrained_window_sizes or (0,) * self.num_stages
+        return tuple(
+            geometry.as_size(size, 2) if size else used for size, used in zip(given, self.stage_windows, strict=True)
+        )
+
+    @property
+    def settled(self) -> ModelConfig:
+        """The same model with its pretrained windows spelled out: what is saved with weights, and inherited."""
+        sizes = tuple(size[0] if len(set(size)) == 1 else size for size in self.stage_pretrained_windows)
+        return self.model_copy(update={"pretrained_window_sizes": sizes})
+
+    def has_extra_norm(self, stage: int, block: int) -> bool:
+        """Whether a LayerNorm stands on the main branch after a block of a stage."""
+        number = block + 1 + (sum(self.depths[:stage]) if self.extra_norm_counter == "model" else 0)
+        return self.extra_norm_every > 0 and number % self.extra_norm_every == 0
 
     @property
     def stage_backends(self) -> tuple[AttentionBackend, ...]:

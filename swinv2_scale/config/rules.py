@@ -82,7 +82,6 @@ def cross_section_problems(config: RunConfig) -> list[ConfigProblem]:
     """Everything that no single field can know. Each problem says which values would fit."""
     return [
         *model_problems(config.model),
-        *_window_problems(config.model),
         *_task_problems(config),
         *_data_problems(config),
         *_optim_problems(config),
@@ -108,22 +107,21 @@ def model_problems(model: ModelConfig) -> list[ConfigProblem]:
             nearest = sorted(sorted(fits, key=lambda n: abs(n - heads))[:4])
             message = f"stage {stage} has width {dim}, which {heads} heads don't divide; near it {nearest} do"
             problems.append(ConfigProblem("model.num_heads", message))
-    return problems
+    return problems + _window_problems(model)
 
 
 def _window_problems(model: ModelConfig) -> list[ConfigProblem]:
-    """A window larger than the largest map is clipped everywhere: fine for a model, a mistake in a training."""
-    window = max(model.window_shape)
-    largest = max(model.stage_maps[0])
-    problems = []
-    if window > largest:
-        fits = [n for n in range(1, largest + 1) if largest % n == 0]
-        message = (
-            f"{window} is larger than the first stage's whole map of {largest} tokens (image {model.image_size}, "
-            f"patch {model.patch_size}); windows that fit: any up to {largest}, and {fits} divide it evenly"
-        )
-        problems.append(ConfigProblem("model.window_size", message))
-    return problems
+    """A window longer than the whole first map would be clipped in every stage: nobody means that."""
+    window, largest = max(model.window_shape), max(model.stage_maps[0])
+    if window <= largest:
+        return []
+    fits = [n for n in range(1, largest + 1) if largest % n == 0]
+    message = (
+        f"{window} is larger than the first stage's whole map of {largest} tokens (image {model.image_size}, "
+        f"patch {model.patch_size}); windows that fit: any up to {largest}, and {fits} divide it evenly; "
+        f"or an image of {window * model.patch_size} px or more"
+    )
+    return [ConfigProblem("model.window_size", message)]
 
 
 def _task_problems(config: RunConfig) -> list[ConfigProblem]:

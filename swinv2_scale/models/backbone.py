@@ -58,7 +58,6 @@ class Stage(nn.Module):
         super().__init__()
         dim = config.stage_dims[stage]
         first = sum(config.depths[:stage])
-        every = config.extra_norm_every
         attend = resolve(config.stage_backends[stage], config.attention.max_score_bytes)
         self.blocks = nn.ModuleList(
             Block(
@@ -71,7 +70,7 @@ class Stage(nn.Module):
                 drop_path=config.drop_path_rates[first + i],
                 index=first + i,
                 shifted=i % 2 == 1,
-                extra_norm=every > 0 and (i + 1) % every == 0,
+                extra_norm=config.has_extra_norm(stage, i),
             )
             for i in range(config.depths[stage])
         )

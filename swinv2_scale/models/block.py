@@ -32,13 +32,13 @@ class QkvLinear(nn.Linear):
 class WindowAttention(nn.Module):
     """Scaled cosine attention inside windows; holds the parameters, hands the arithmetic to a backend."""
 
-    def __init__(self, dim: int, num_heads: int, window_size: Size, pretrained_window: int, attend: Attend) -> None:
+    def __init__(self, dim: int, num_heads: int, window_size: Size, pretrained_window: Size, attend: Attend) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
         self.attend = attend
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
-        self.cpb_mlp = PositionBias(num_heads, pretrained_window, len(window_size))
+        self.cpb_mlp = PositionBias(num_heads, pretrained_window)
         self.qkv = QkvLinear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.empty(dim))
         self.v_bias = nn.Parameter(torch.empty(dim))
@@ -85,7 +85,7 @@ class Block(nn.Module):
         dim: int,
         num_heads: int,
         window_size: Size,
-        pretrained_window: int,
+        pretrained_window: Size,
         attend: Attend,
         mlp_ratio: float,
         drop_path: float,

@@ -46,17 +46,18 @@ class PositionBias(nn.Sequential):
 
     Args:
         num_heads: biases made for each offset.
-        pretrained_window: window of the first pre-training in this stage, 0 where this run is the first.
-        num_axes: 2 for images, 3 for video.
+        pretrained_window: window of the first pre-training in this stage, along each axis (2 for images, 3 for video).
     """
 
-    def __init__(self, num_heads: int, pretrained_window: int, num_axes: int = 2) -> None:
-        super().__init__(WideLinear(num_axes, 512), nn.ReLU(inplace=True), WideLinear(512, num_heads, bias=False))
+    def __init__(self, num_heads: int, pretrained_window: Size) -> None:
+        super().__init__(
+            WideLinear(len(pretrained_window), 512), nn.ReLU(inplace=True), WideLinear(512, num_heads, bias=False)
+        )
         self.pretrained_window = pretrained_window
 
     def table(self, window_size: Size, device: torch.device) -> Tensor:
         """(N, 2*h-1, 2*w-1) float32: 16 * sigmoid of the MLP, for the effective ``window_size``."""
-        divisor = coordinate_divisor(self.pretrained_window, window_size)
+        divisor = coordinate_divisor(self.pretrained_window)
         with torch.autocast(device.type, enabled=False):
             values = self(log_spaced_offsets(window_size, divisor, device))
             return 16 * torch.sigmoid(values).movedim(-1, 0)

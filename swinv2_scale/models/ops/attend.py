@@ -45,5 +45,6 @@ def resolve(backend: str, max_score_bytes: int) -> Attend:
     backends: dict[str, Attend] = {
         "eager": torch_attention.eager,
         "sequential": partial(torch_attention.sequential, max_score_bytes=max_score_bytes),
+        "sdpa": torch_attention.sdpa,
     }
     return backends[backend]

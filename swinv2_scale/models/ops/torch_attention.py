@@ -1,4 +1,4 @@
-"""Attention in plain torch: ``eager``, the reference, and ``sequential``, the paper's way to fit 1536x1536.
+"""Attention in plain torch: ``eager``, the reference, ``sequential``, the paper's way to fit 1536x1536, and ``sdpa``.
 
 Letters: B images, L tokens of one map, N heads, D head_dim, n tokens of a tile, T = images x tiles of one shape.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swinv2_scale.geometry import Size
 from swinv2_scale.models.tiles import TileGroup, Tiling, tile_bias, to_map, to_tiles
@@ -41,6 +43,26 @@ def sequential(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tili
             for group, (q, k, v) in _groups(ordered, tiles)
         ]
         return to_map(torch.cat([_from_heads(piece, qkv) for piece in pieces], 1), tiles)
+
+
+def sdpa(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling) -> Tensor:
+    """torch's scaled_dot_product_attention, in float32: without gradients its fused kernels never hold all scores.
+
+    With gradients it is the math kernel: the fused ones have no gradient for a bias on CPUs, and on CUDA add it up in
+    an order that changes.
+    """
+    with torch.autocast(qkv.device.type, enabled=False):
+        pieces = []
+        for group, (q, k, v) in _groups(to_tiles(qkv, tiles), tiles):
+            bias = tile_bias(bias_table, group.shape)[None]
+            inputs = unit(q) * logit_scale[:, None, None], unit(k), v.to(_wide(v.dtype))
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, bias)):
+                with sdpa_kernel(SDPBackend.MATH):
+                    out = F.scaled_dot_product_attention(*inputs, attn_mask=bias, scale=1.0)
+            else:
+                out = F.scaled_dot_product_attention(*inputs, attn_mask=bias, scale=1.0)
+            pieces.append(_from_heads(out.to(v.dtype), qkv))
+        return to_map(torch.cat(pieces, 1), tiles)
 
 
 def unit(x: Tensor) -> Tensor:

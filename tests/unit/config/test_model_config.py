@@ -17,6 +17,7 @@ PUBLISHED = {
     "base": (128, (2, 2, 18, 2)),
     "large": (192, (2, 2, 18, 2)),
     "huge": (352, (2, 2, 18, 2)),
+    "1b": (448, (2, 2, 18, 2)),  # Microsoft's model hub gives 1.06 billion parameters and no width
     "giant": (512, (2, 2, 42, 4)),
 }
 
@@ -145,9 +146,33 @@ def test_each_stage_can_have_its_own_backend():
     assert model(attention={"backend": names}).stage_backends == names
 
 
-def test_a_first_pre_training_has_no_earlier_windows():
-    assert model().stage_pretrained_windows == (0, 0, 0, 0)
+def test_a_first_pre_training_counts_with_the_windows_that_it_really_uses():
+    assert model(image_size=192, window_size=12).stage_pretrained_windows == ((12, 12), (12, 12), (12, 12), (6, 6))
+    narrow = model(image_size=(64, 128), window_size=8)
+    assert narrow.stage_pretrained_windows == ((8, 8), (8, 8), (4, 8), (2, 4))
+
+
+def test_settled_windows_are_spelled_out_and_inherited_word_for_word():
+    first = model(image_size=192, window_size=12).settled
+    assert first.pretrained_window_sizes == (12, 12, 12, 6)
+    for image, window in ((256, 16), (384, 24), (640, 40), (1536, 32), (1536, 48)):
+        later = model(image_size=image, window_size=window, pretrained_window_sizes=first.pretrained_window_sizes)
+        assert later.settled == later
+        assert later.stage_pretrained_windows == ((12, 12), (12, 12), (12, 12), (6, 6))
+    narrow = model(image_size=(64, 128), window_size=8).settled
+    assert narrow.pretrained_window_sizes == (8, 8, (4, 8), (2, 4))
+    assert model(pretrained_window_sizes=(0, 7, 0, 0), image_size=192).settled.pretrained_window_sizes == (12, 7, 12, 6)
+
+
+def test_extra_norms_are_counted_in_each_stage_or_through_the_model():
+    giant = model(variant="giant")
+    places = [(s, b) for s, depth in enumerate(giant.depths) for b in range(depth) if giant.has_extra_norm(s, b)]
+    assert places == [(2, b) for b in (5, 11, 17, 23, 29, 35, 41)]
+    other = model(variant="giant", extra_norm_counter="model")
+    places = [(s, b) for s, depth in enumerate(other.depths) for b in range(depth) if other.has_extra_norm(s, b)]
+    assert places == [*((2, b) for b in (1, 7, 13, 19, 25, 31, 37)), (3, 1)]
 
 
 def test_the_windows_of_an_earlier_pre_training_are_kept_for_each_stage():
-    assert model(pretrained_window_sizes=(12, 12, 12, 6)).stage_pretrained_windows == (12, 12, 12, 6)
+    config = model(pretrained_window_sizes=(12, 12, 12, 6))
+    assert config.stage_pretrained_windows == ((12, 12), (12, 12), (12, 12), (6, 6))

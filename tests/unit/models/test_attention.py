@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinv2_scale.models.ops.attend import Attend, resolve
-from swinv2_scale.models.ops.torch_attention import eager, sequential
+from swinv2_scale.models.ops.torch_attention import eager, sdpa, sequential
 from swinv2_scale.models.tiles import tiling
 
 torch.set_num_threads(1)
@@ -36,6 +36,7 @@ SCORE_BYTES = (1, 1500, 6000, 20_000, 2**30)
 
 BACKENDS: dict[str, Attend] = {
     "eager": eager,
+    "sdpa": sdpa,
     **{f"sequential {size}": partial(sequential, max_score_bytes=size) for size in SCORE_BYTES},
 }
 
@@ -152,7 +153,7 @@ def test_autocast_around_attention_changes_nothing() -> None:
         assert torch.equal(inside, attend(*inputs, tiles)), backend
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_tokens_give_finite_numbers_and_take_no_gradient(backend: str, dtype: torch.dtype) -> None:
     map_size, window = MAPS["non-dividing"]
@@ -168,6 +169,16 @@ def test_zero_tokens_give_finite_numbers_and_take_no_gradient(backend: str, dtyp
     assert (gradients[0][:, :, :2][zero] == 0).all()
     assert (gradients[0][:, :, :2][~zero] != 0).any()
     assert (gradients[0][:, :, 2][zero] != 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_the_numbers_are_the_same(backend: str) -> None:
+    # sdpa takes another kernel then.
+    map_size, window = MAPS["non-dividing"]
+    inputs = random_inputs(map_size, window)
+    with torch.no_grad():
+        out = BACKENDS[backend](*inputs, tiling(map_size, window, True, CPU))
+    torch.testing.assert_close(out, expected("non-dividing", True)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -287,8 +298,9 @@ def test_a_backend_is_found_by_its_name_and_an_unknown_one_is_not() -> None:
     map_size, window = MAPS["dividing"]
     inputs = random_inputs(map_size, window)
     tiles = tiling(map_size, window, True, CPU)
-    results = [resolve(name, 4096)(*inputs, tiles) for name in ("eager", "sequential")]
-    # Float64, the same sums in another order.
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    results = [resolve(name, 4096)(*inputs, tiles) for name in ("eager", "sequential", "sdpa")]
+    for other in results[1:]:
+        # Float64, the same sums in another order.
+        torch.testing.assert_close(results[0], other, rtol=1e-12, atol=1e-12)
     with pytest.raises(KeyError):
         resolve("flash", 4096)

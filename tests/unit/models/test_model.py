@@ -491,6 +491,8 @@ def test_a_misspelt_model_is_refused_with_the_nearest_name() -> None:
         ({"num_heads": (5, 6, 12, 24)}, "num_heads"),  # 96 channels in 5 heads
         ({"pretrained_window_sizes": (12, 12)}, "pretrained_window_sizes"),
         ({"attention": {"backend": ("eager", "eager")}}, "backend"),
+        # The map, the window, and what fits: windows and images.
+        ({"image_size": 32, "window_size": 12}, r"12 is larger .* map of 8 tokens .* \[1, 2, 4, 8\] .* 48 px or more"),
     ],
 )
 def test_a_field_that_does_not_fit_is_refused_by_its_name(fields: dict[str, object], named: str) -> None:

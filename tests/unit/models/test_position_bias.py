@@ -17,10 +17,10 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 
-def position_bias(num_heads: int = 3, pretrained_window: int = 0, num_axes: int = 2, std: float = 0.5) -> PositionBias:
+def position_bias(num_heads: int = 3, pretrained_window: tuple[int, ...] = (12, 12), std: float = 0.5) -> PositionBias:
     """A bias MLP with random weights."""
     torch.manual_seed(3)
-    module = PositionBias(num_heads, pretrained_window, num_axes)
+    module = PositionBias(num_heads, pretrained_window)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=std)
     return module
@@ -58,7 +58,7 @@ def test_an_offset_across_the_pretraining_window_maps_to_log2_of_nine_over_three
     ("window", "largest"), [(12, 1.0566), (24, 1.383), (32, 1.519), (40, 1.625), (48, 1.712), (56, 1.786)]
 )
 def test_weights_from_windows_of_12_extrapolate_by_a_few_tenths(window: int, largest: float) -> None:
-    offsets = log_spaced_offsets((window, window), coordinate_divisor(12, (window, window)), CPU)
+    offsets = log_spaced_offsets((window, window), coordinate_divisor((12, 12)), CPU)
     # The values of shared/facts/model.md 1.2 have three decimals.
     assert offsets.max().item() == pytest.approx(largest, abs=6e-4)
 
@@ -74,20 +74,20 @@ def test_offsets_ascend_with_y_first_and_are_odd() -> None:
 @pytest.mark.parametrize(
     ("pretrained", "effective", "divisor"),
     [
-        (0, (12, 12), (11, 11)),  # first training: the window really used
-        (0, (12, 6), (11, 5)),  # on each axis
-        (12, (24, 24), (11, 11)),  # later: the window of the first, whatever is used now
-        (12, (6, 6), (11, 11)),
-        (0, (1, 4), (1, 3)),  # a window of one has no offsets; nothing is divided by zero
-        (1, (4, 4), (1, 1)),
-        (0, (8, 12, 12), (7, 11, 11)),
+        ((12, 12), (12, 12), (11, 11)),
+        ((12, 6), (12, 6), (11, 5)),  # on each axis
+        ((12, 12), (24, 24), (11, 11)),  # the window of the first training, whatever is used now
+        ((12, 12), (6, 6), (11, 11)),
+        ((1, 4), (1, 4), (1, 3)),  # a window of one has no offsets; nothing is divided by zero
+        ((1, 1), (4, 4), (1, 1)),
+        ((8, 12, 12), (8, 12, 12), (7, 11, 11)),
     ],
 )
 def test_offsets_are_divided_by_the_pretraining_window_less_one(
-    pretrained: int, effective: tuple[int, ...], divisor: tuple[int, ...]
+    pretrained: tuple[int, ...], effective: tuple[int, ...], divisor: tuple[int, ...]
 ) -> None:
-    assert coordinate_divisor(pretrained, effective) == divisor
-    module = position_bias(pretrained_window=pretrained, num_axes=len(effective))
+    assert coordinate_divisor(pretrained) == divisor
+    module = position_bias(pretrained_window=pretrained)
     with torch.no_grad():
         table = module.table(effective, CPU)
         # The same MLP by hand, in float64 on float32 offsets: 512 float32 products of size one in each sum.
@@ -98,9 +98,9 @@ def test_offsets_are_divided_by_the_pretraining_window_less_one(
     torch.testing.assert_close(table.double(), wanted.movedim(-1, 0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pretrained", [0, 1, 12])
+@pytest.mark.parametrize("pretrained", [(1, 1), (5, 1), (12, 12)])
 @pytest.mark.parametrize("window", [(1, 1), (1, 5), (5, 1)])
-def test_a_window_of_one_token_has_a_finite_table(window: tuple[int, int], pretrained: int) -> None:
+def test_a_window_of_one_token_has_a_finite_table(window: tuple[int, int], pretrained: tuple[int, int]) -> None:
     module = position_bias(pretrained_window=pretrained)
     table = module.table(window, CPU)
     assert table.isfinite().all()
