@@ -4,9 +4,14 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import Any
 
-_EXPORTS = {"create_model": "swinv2_scale.models.factory", "list_models": "swinv2_scale.models.factory"}
+_EXPORTS = {
+    "create_model": "swinv2_scale.models.factory",
+    "list_models": "swinv2_scale.models.factory",
+    "load_weights": "swinv2_scale.weights.api",
+    "save_weights": "swinv2_scale.weights.api",
+}
 
-__all__ = ["__version__", "create_model", "list_models"]
+__all__ = ["__version__", "create_model", "list_models", "load_weights", "save_weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -87,6 +87,12 @@ class CheckpointError(ScaleError):
     exit_code = ExitCode.BAD_DATA
 
 
+class WeightsError(ScaleError):
+    """A weights file is missing, damaged, of another model, or can't be kept in the format that is asked for."""
+
+    exit_code = ExitCode.BAD_DATA
+
+
 class DivergedError(ScaleError):
     """Loss or gradient stayed non-finite for longer than the configuration allows."""
 

@@ -97,6 +97,15 @@ class SwinV2(nn.Module):
         self.norm = nn.LayerNorm(config.stage_dims[-1])
         self.head = nn.Linear(config.stage_dims[-1], config.num_classes) if config.num_classes else None
 
+    def inherit_pretrained_windows(self, sizes: tuple[int | Size, ...]) -> None:
+        """Take the windows that loaded weights were first trained with: one entry a stage, a number or (h, w)."""
+        self.config = self.config.model_copy(update={"pretrained_window_sizes": sizes})
+        for stage, window in zip(self.layers, self.config.stage_pretrained_windows, strict=True):
+            assert isinstance(stage, Stage)
+            for block in stage.blocks:
+                assert isinstance(block, Block)
+                block.attn.cpb_mlp.pretrained_window = window
+
     def forward_levels(self, x: Tensor, map_size: Size, drop_keys: Tensor | None = None) -> list[tuple[Tensor, Size]]:
         """Tokens after patch embedding -> ((B, L, C), map size) of every stage, the last one not normalised.
 

@@ -1,0 +1,91 @@
+"""Weights for a model that differs where it may: other classes, other channels, other windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swinv2_scale.config.model import ModelConfig
+from swinv2_scale.errors import WeightsError
+from swinv2_scale.weights.facts import Facts
+
+
+def adapt_channels(weight: Tensor, in_channels: int) -> Tensor:
+    """A patch convolution for RGB as one for other channels.
+
+    One channel: the sum over RGB, so that a grey image gives the same tokens as its three equal channels did. More:
+    RGB repeated in turn and scaled by 3 / channels, so that tokens keep their size. The rule is timm's.
+
+    Args:
+        weight: (C, 3, patch, patch).
+
+    Returns:
+        (C, in_channels, patch, patch).
+    """
+    if in_channels == 1:
+        return weight.sum(1, keepdim=True)
+    turns = torch.arange(in_channels, device=weight.device) % 3
+    return weight[:, turns] * (3 / in_channels)
+
+
+def read_head_map(path: str | Path, num_old: int, num_new: int) -> Tensor:
+    """Which old class each new class takes its weights from: a text file of one number a line, as map22kto1k.txt.
+
+    Returns:
+        int64 (num_new,).
+
+    Raises:
+        WeightsError: missing, not numbers, another count than ``num_new``, or a number outside the old classes.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split()
+        numbers = [int(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"the head map {path} can't be read: {error}", "one class number a line") from None
+    if len(numbers) != num_new:
+        raise WeightsError(f"the head map {path} has {len(numbers)} lines, the model has {num_new} classes")
+    outside = [number for number in numbers if not 0 <= number < num_old]
+    if outside:
+        raise WeightsError(f"the head map {path} names class {outside[0]}; the file's head has 0..{num_old - 1}")
+    return torch.tensor(numbers)
+
+
+def inherit_windows(config: ModelConfig, facts: Facts, where: str) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The model's configuration with the pretrained windows that its weights were trained with, and warnings.
+
+    They are inherited word for word: the scale of the position bias is that of the first pre-training for ever. Windows
+    that the configuration spells out win.
+    """
+    known = _trained_windows(config, facts, where)
+    if not any(config.pretrained_window_sizes or ()):
+        if known is not None:
+            return config.model_copy(update={"pretrained_window_sizes": known}), ()
+        settled = config.settled
+        return settled, (
+            f"{where} doesn't say with which windows it was pre-trained; this model's own are taken, "
+            f"{list(settled.pretrained_window_sizes or ())}. If they were others, give pretrained_window_sizes",
+        )
+    settled = config.settled
+    if known is not None and settled.pretrained_window_sizes != known:
+        return settled, (
+            f"pretrained_window_sizes are given as {list(settled.pretrained_window_sizes or ())}, but {where} was "
+            f"trained with {list(known)}: its position bias is read at another scale",
+        )
+    return settled, ()
+
+
+def _trained_windows(config: ModelConfig, facts: Facts, where: str) -> tuple[int | tuple[int, int], ...] | None:
+    keys = ("image_size", "window_size", "pretrained_window_sizes")
+    said = {key: facts.model[key] for key in keys if key in facts.model}
+    windows = said.get("pretrained_window_sizes") or ()
+    if not (windows and all(windows)) and not {"image_size", "window_size"} <= set(said):
+        return None
+    shape = {"depths": config.depths, "patch_size": config.patch_size, "num_heads": config.num_heads}
+    try:
+        return ModelConfig.model_validate({**shape, **said}).settled.pretrained_window_sizes
+    except ValueError as error:
+        raise WeightsError(
+            f"{where} says {said}, which is no geometry of {len(config.depths)} stages: {error}"
+        ) from None
