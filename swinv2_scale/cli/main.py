@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from swinv2_scale.cli import config, shards
+from swinv2_scale.cli import config, models, shards
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     config.add_commands(commands)
     shards.add_commands(commands)
+    models.add_commands(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
