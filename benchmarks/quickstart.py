@@ -9,17 +9,15 @@ the tree, sampled four times a second: shared pages count once.
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import subprocess
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from machine import describe_machine, describe_versions
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -41,9 +39,8 @@ def main() -> None:
         total = time.monotonic() - started
         peak = memory.stop()
     print("# Quick start\n")
-    print(f"- machine: {cpu_model()}, {len(os.sched_getaffinity(0))} cores, {total_memory():.0f} GiB, no GPU")
-    names = ("torch", "deepspeed", "webdataset", "numpy")
-    print(f"- versions: Python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in names))
+    print(f"- machine: {describe_machine()}")
+    print(f"- versions: {describe_versions('torch', 'deepspeed', 'webdataset', 'numpy')}")
     print(f"- command: `{' '.join(command).replace(folder, 'FOLDER')}` (exit code {code})")
     print(f"- first training step after {first_step:.1f} s (shards written on the way)")
     print(f"- all of it after {total:.1f} s")
@@ -79,15 +76,6 @@ class PeakMemory:
                 except (psutil.NoSuchProcess, psutil.ZombieProcess):
                     continue
             self._peak = max(self._peak, total)
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-
-
-def total_memory() -> float:
-    return psutil.virtual_memory().total / 2**30
 
 
 if __name__ == "__main__":

@@ -1,17 +1,28 @@
-"""``swinv2-scale models``: every variant with its size and its work, without importing torch."""
+"""``swinv2-scale models|convert|export|predict``: what models there are, and anyone's weights in and out."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from swinv2_scale.config.model import VARIANTS, ModelConfig
+from swinv2_scale.config.source import Settings, apply_overrides
+from swinv2_scale.errors import ConfigError
 from swinv2_scale.plan.cost import num_multiply_adds, num_parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from swinv2_scale.weights.read import Weights
 
 #: (image in px, window in tokens) that each variant is published with, SimMIM's 192 px first: the released
 #: configurations of T to L, the model hub, and appendix A2 of Swin V2 (arXiv 2111.09883). Ours are T at 192 px, which
@@ -37,6 +48,42 @@ def add_commands(commands: Any) -> None:
     models = commands.add_parser("models", help="every model: name, shape, parameters, FLOPs")
     models.add_argument("--json", action="store_true", help="exact numbers, for scripts")
     models.set_defaults(run=_models)
+
+    convert = commands.add_parser("convert", help="weights from anyone's format into another")
+    convert.add_argument("source", type=Path, help="a .pth, .safetensors or .bin file, or a folder of Hugging Face's")
+    _add_destination(convert, "--to")
+    convert.set_defaults(run=_convert)
+
+    export = commands.add_parser("export", help="a run's or a checkpoint's weights, written by any number of processes")
+    export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    _add_destination(export, "--format")
+    export.set_defaults(run=_export)
+
+    predict = commands.add_parser("predict", help="classify images: the likeliest classes, and a picture")
+    predict.add_argument("weights", type=Path, help="a model with a class head: any format, a run, or a checkpoint")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="jpg, png or webp, or a folder of them")
+    predict.add_argument("--top-k", type=int, default=5, metavar="K")
+    predict.add_argument(
+        "--labels", type=Path, metavar="FILE", help="class names, one a line, if the weights lack them"
+    )
+    predict.add_argument("--picture", type=Path, default=Path("predictions.png"), metavar="PNG")
+    predict.add_argument("--json", action="store_true", help="for scripts")
+    _add_fields(predict)
+    predict.set_defaults(run=_predict)
+
+
+def _add_destination(parser: argparse.ArgumentParser, option: str) -> None:
+    parser.add_argument("destination", type=Path, help="a folder for hf, else a .safetensors or .pth file")
+    # The names are those of swinv2_scale.weights.names.FORMATS; importing it would import torch.
+    parser.add_argument(
+        option, dest="style", required=True, choices=("hf", "timm", "microsoft", "torchvision", "native")
+    )
+    _add_fields(parser)
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    words = "of the model, where the weights don't say: image_size=256 window_size=8"
+    parser.add_argument("--set", dest="fields", nargs="+", action="extend", default=[], metavar="key=value", help=words)
 
 
 def _models(arguments: argparse.Namespace) -> None:
@@ -80,3 +127,81 @@ def _row(variant: str, image_size: int, window_size: int) -> dict[str, Any]:
         "window_size": window_size,
         "multiply_adds": num_multiply_adds(model),
     }
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    _write(_open(arguments.source), arguments)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from swinv2_scale.engine.checkpoint import open_run_or_checkpoint
+    from swinv2_scale.engine.start import consolidated
+
+    _write(consolidated(open_run_or_checkpoint(arguments.source)), arguments)
+
+
+def _write(weights: Weights, arguments: argparse.Namespace) -> None:
+    from swinv2_scale.weights.api import describe
+    from swinv2_scale.weights.names import FORMAT_NAMES
+    from swinv2_scale.weights.write import write_weights
+
+    fields = _model_fields(arguments.fields)
+    print(f"{weights.where}: {FORMAT_NAMES[weights.style]}'s format, {describe(weights.model_fields)}")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("writing", total=len(weights.metas))
+        read: set[str] = set()
+
+        def watched(name: str) -> Tensor:
+            read.add(name)
+            progress.update(task, completed=len(read))
+            return weights.tensor(name)
+
+        left_out = write_weights(replace(weights, tensor=watched), arguments.destination, arguments.style, **fields)
+    for sentence in left_out:
+        print(f"left out: {sentence}")
+    target = arguments.destination
+    files = [target] if target.is_file() else list(target.iterdir())
+    num_bytes = sum(file.stat().st_size for file in files)
+    print(f"{target}: {FORMAT_NAMES[arguments.style]}'s format, {len(read)} tensors, {num_bytes / 2**20:.1f} MiB")
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from swinv2_scale.tasks.prediction import Classifier, draw_predictions, find_images
+
+    paths = find_images(arguments.images)
+    classifier = Classifier(_open(arguments.weights), arguments.labels, **_model_fields(arguments.fields))
+    found = [classifier.predict(path, arguments.top_k) for path in paths]
+    if arguments.json:
+        print(json.dumps([{"image": str(p.path), "top": p.top} for p in found], indent=2))
+    for prediction in found if not arguments.json else []:
+        print(prediction.path)
+        for name, probability in prediction.top:
+            print(f"  {probability:6.1%}  {name}")
+    draw_predictions(found, arguments.picture)
+    if not arguments.json:
+        print(f"picture: {arguments.picture}")
+
+
+def _open(path: Path) -> Weights:
+    from swinv2_scale.engine.run_dir import is_run_or_checkpoint
+
+    if is_run_or_checkpoint(path):
+        from swinv2_scale.engine.start import open_source  # takes DeepSpeed's seconds to import
+
+        return open_source(path)
+    from swinv2_scale.weights.read import open_weights
+
+    return open_weights(path)
+
+
+def _model_fields(words: list[str]) -> dict[str, Any]:
+    """``image_size=256 window_size=8`` as fields of ModelConfig."""
+    settings = Settings()
+    apply_overrides(settings, words)
+    fields = settings.tree()
+    for key in fields:
+        if key not in ModelConfig.model_fields:
+            near = difflib.get_close_matches(key, ModelConfig.model_fields, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"a model has no field {key!r}{hint}", f"one of: {', '.join(ModelConfig.model_fields)}")
+    return fields

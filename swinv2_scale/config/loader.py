@@ -51,6 +51,14 @@ class LoadedConfig:
         entries = self.settings.history.get(key, [])[:-1]
         return tuple(f"{format_value(entry.value)} ({entry.where})" for entry in reversed(entries))
 
+    def with_value(self, key: KeyPath, value: Any, where: str) -> LoadedConfig:
+        """The same with one value of a section worked out, and from what."""
+        section, name = key
+        changed = getattr(self.config, section).model_copy(update={name: value})
+        settings = Settings({path: list(entries) for path, entries in self.settings.history.items()})
+        settings.set(key, value, where)
+        return LoadedConfig(self.config.model_copy(update={section: changed}), settings, self.path)
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> LoadedConfig:
     """Read, merge and validate.

@@ -10,6 +10,8 @@ from swinv2_scale import geometry
 
 AttentionBackend = Literal["eager", "sequential", "sdpa"]
 PositiveInt = Annotated[int, Field(gt=0)]
+#: One entry a stage: a number, or (height, width); 0 is "its own".
+PretrainedWindows = tuple[Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt], ...]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -57,7 +59,7 @@ class ModelConfig(Section):
     window_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 12
     #: The window each stage was first pre-trained with, one number or (height, width); 0 or nothing: this run is the
     #: first, its own window counts. Weights that are loaded bring theirs with them.
-    pretrained_window_sizes: tuple[Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt], ...] | None = None
+    pretrained_window_sizes: PretrainedWindows | None = None
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     drop_path_rate: Fraction = 0.0
     #: A LayerNorm on the main branch after every so many blocks; 0: none.

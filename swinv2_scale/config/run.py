@@ -142,3 +142,6 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     cluster: ClusterConfig = ClusterConfig()
     seed: NonNegativeInt = 0
+    #: Weights that a fresh run starts from: Microsoft's .pth, a Hugging Face folder, timm's, torchvision's or our file,
+    #: a run or a checkpoint of ours. A run that has a checkpoint of its own goes on from that.
+    init_from: str | None = None

@@ -49,10 +49,14 @@ def random_resized_crop(
     return image.resize((size[1], size[0]), INTERPOLATION[interpolation], box=box)
 
 
-def central_resized_crop(image: Image.Image, size: Size, interpolation: str) -> Image.Image:
-    """The largest central box of the target's shape, resized to ``size`` (height, width); nothing is random."""
+def central_resized_crop(image: Image.Image, size: Size, interpolation: str, share: float = 1.0) -> Image.Image:
+    """The largest central box of the target's shape, resized to ``size`` (height, width); nothing is random.
+
+    Args:
+        share: of that box's sides, to cut its border off.
+    """
     aspect = size[1] / size[0]
-    w, h = min(image.width, image.height * aspect), min(image.height, image.width / aspect)
+    w, h = share * min(image.width, image.height * aspect), share * min(image.height, image.width / aspect)
     left, top = (image.width - w) / 2, (image.height - h) / 2
     return image.resize((size[1], size[0]), INTERPOLATION[interpolation], box=(left, top, left + w, top + h))
 

@@ -141,12 +141,72 @@ def find(folder: Path) -> list[Checkpoint]:
     found = []
     for path in folder.glob(f"{_PREFIX}*"):
         try:
-            data = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-            files = tuple(FileRecord(**item) for item in data["files"])
-            found.append(Checkpoint(path, int(data["step"]), int(data["world_size"]), files))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log().warning("%s is not a complete checkpoint, it is passed over: %r", path, error)
+            found.append(read(path))
+        except CheckpointError as error:
+            log().warning("%s; it is passed over", error.message)
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+
+def read(path: Path) -> Checkpoint:
+    """What the manifest of one ``step-XXXXXXXX/`` says; verify() says whether it is true.
+
+    Raises:
+        CheckpointError: it isn't a published checkpoint.
+    """
+    try:
+        data = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        files = tuple(FileRecord(**item) for item in data["files"])
+        return Checkpoint(path, int(data["step"]), int(data["world_size"]), files)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint: {error!r}", "use another checkpoint of the run"
+        ) from error
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare every byte with the manifest, in this process alone.
+
+    Raises:
+        CheckpointError: naming the damaged files.
+    """
+    damage = _damage(checkpoint.path, checkpoint.files)
+    if damage:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} is damaged: {'; '.join(damage[:3])}{' ..' if damage[3:] else ''}",
+            "restore it from a copy, or use another checkpoint of the run",
+        )
+
+
+def open_run_or_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that a path means, every byte of it verified, in this process alone.
+
+    Args:
+        path: a run directory or its ``checkpoints/``, for the newest whole one; or one ``step-XXXXXXXX/``.
+
+    Raises:
+        CheckpointError: it is damaged, or there is none.
+    """
+    advice = "name a run directory that has saved a checkpoint, or one of its checkpoints/step-XXXXXXXX"
+    if not path.is_dir():
+        raise CheckpointError(f"{path} {'is a file' if path.exists() else 'does not exist'}", advice)
+    if path.name.startswith(_PREFIX) or (path / _MANIFEST).exists():
+        checkpoint = read(path)
+        verify(checkpoint)
+        return checkpoint
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    candidates = find(folder)
+    for checkpoint in candidates:
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            log().warning("%s; falling back to the one before", error.message)
+        else:
+            return checkpoint
+    if candidates:
+        raise _none_is_whole(folder, len(candidates))
+    entries = sorted(entry.name for entry in folder.iterdir())
+    content = ", ".join(entries[:8]) + (f" and {len(entries) - 8} more" if entries[8:] else "")
+    raise CheckpointError(f"{folder} holds no whole checkpoint, it holds {content or 'nothing'}", advice)
 
 
 def newest_verified(folder: Path) -> Checkpoint | None:
@@ -163,10 +223,7 @@ def newest_verified(folder: Path) -> Checkpoint | None:
             return checkpoint
         log().warning("checkpoint %s is damaged, falling back to the one before: %s", checkpoint.path, damage[0])
     if candidates:
-        raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints in {folder} is whole (the log names each damaged file)",
-            "restore one from a copy, or start a new run with another --run-dir",
-        )
+        raise _none_is_whole(folder, len(candidates))
     return None
 
 
@@ -263,6 +320,13 @@ def _damage(folder: Path, records: tuple[FileRecord, ...]) -> list[str]:
         elif found.sha256 != record.sha256:
             lines.append(f"{path} has SHA-256 {found.sha256[:12]}.., its manifest says {record.sha256[:12]}..")
     return lines
+
+
+def _none_is_whole(folder: Path, count: int) -> CheckpointError:
+    return CheckpointError(
+        f"none of the {count} checkpoints in {folder} is whole (the log names each damaged file)",
+        "restore one from a copy, or start a new run with another --run-dir",
+    )
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from swinv2_scale.engine.output import Output
 from swinv2_scale.engine.preemption import StopRequest
 from swinv2_scale.engine.resume import Resume, facts_of, find_checkpoint, plain, versions
 from swinv2_scale.engine.run_dir import RunDirectory
+from swinv2_scale.engine.start import first_values, settle
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.errors import ClusterError, ConfigError, ExitCode
-from swinv2_scale.models.initialise import initial_values
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.tasks.simmim import SimMIMTask
 from swinv2_scale.telemetry.console import ProgressLine, log, log_to_file, start_logging
+from swinv2_scale.weights.api import Loading
 
 _TASKS = {"simmim": SimMIMTask}
 
@@ -68,10 +69,11 @@ def run_job(loaded: LoadedConfig, options: JobOptions) -> ExitCode:
         dist.stop()
 
 
-def build_engine(config: RunConfig, task: Task, will_load: bool = False) -> Any:
+def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, will_load: bool = False) -> Any:
     """The DeepSpeed engine around a task's freshly initialised model, checked against the configuration.
 
     Args:
+        loading: weights to begin with; None draws all of them.
         will_load: a checkpoint comes next: leave the values undefined.
     """
     started = time.perf_counter()
@@ -79,13 +81,13 @@ def build_engine(config: RunConfig, task: Task, will_load: bool = False) -> Any:
     model = zero.build(task.build_model, ds_config)
     shapes = zero.full_shapes(model)
     if not will_load:
-        zero.assign(model, initial_values(model, shapes, config.seed))
+        zero.assign(model, first_values(model, shapes, config.seed, loading))
     activation_checkpointing.apply(model, config.engine.activation_checkpointing)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, shapes, config.optim), config=ds_config
     )
     if config.engine.precision == "bf16" and not will_load:
-        zero.assign_masters(engine, initial_values(model, shapes, config.seed))
+        zero.assign_masters(engine, first_values(model, shapes, config.seed, loading))
     read_back(engine, config, dist.world_size())
     log().info(
         "model: %s, %s parameters, ZeRO stage %d, %s, attention %s (%.1f s)",
@@ -106,14 +108,17 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
     dist.all_agree(lambda: log_to_file(directory.log(dist.rank()), deepspeed_logger), "opening the log")
     _greet(config, directory, num_micro_batches)
     inputs = open_inputs(config)
-    found, state = find_checkpoint(options.resume, directory, config, inputs.train)
+    found, state, loaded = find_checkpoint(options.resume, directory, loaded, inputs.train)
+    task_type = _TASKS[config.task.name]
+    loaded, loading = (loaded, None) if found else settle(loaded, task_type)
+    config, inputs = loaded.config, replace(inputs, config=loaded.config)
     last_step = min(options.last_step or config.optim.total_steps, config.optim.total_steps)
     if state.step >= last_step:
         _say_reached(state, config, directory)
         return ExitCode.DONE
 
-    task: Task = _TASKS[config.task.name](config)
-    engine = build_engine(config, task, will_load=found is not None)
+    task: Task = task_type(config)
+    engine = build_engine(config, task, loading, will_load=found is not None)
     if found:
         checkpoint.load(engine, found)
     output = dist.all_agree(

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from swinv2_scale import dist
-from swinv2_scale.config.loader import flatten
+from swinv2_scale.config.loader import LoadedConfig, flatten
 from swinv2_scale.config.rules import changes
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.data.manifest import ShardSet
@@ -18,16 +18,17 @@ from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.errors import CheckpointError, ConfigError, DataError, OutputError
 from swinv2_scale.telemetry.console import log
+from swinv2_scale.weights.facts import as_tuples
 
 Resume = Literal["auto", "required", "never"]
 
 
 def find_checkpoint(
-    resume: Resume, directory: RunDirectory, config: RunConfig, train: ShardSet
-) -> tuple[Checkpoint | None, TrainState]:
-    """The newest whole checkpoint of the run directory, if its run is this one, and where it stands.
+    resume: Resume, directory: RunDirectory, loaded: LoadedConfig, train: ShardSet
+) -> tuple[Checkpoint | None, TrainState, LoadedConfig]:
+    """The newest whole checkpoint of the run directory, if its run is this one, where it stands, and what it settled.
 
-    Called by all ranks; without a checkpoint the state is the beginning.
+    Called by all ranks; without a checkpoint the state is the beginning, and nothing is settled yet.
 
     Raises:
         CheckpointError: all checkpoints are damaged, or one is required and there is none.
@@ -42,16 +43,19 @@ def find_checkpoint(
                 f"--resume required, but {directory.checkpoints} holds no checkpoint",
                 "correct --run-dir, or start a new run with --resume auto",
             )
-        return None, TrainState()
+        return None, TrainState(), loaded
     if resume == "never":
         raise OutputError(
             f"--resume never, but {directory.root} holds a run at step {found.step}",
             "choose another --run-dir for a new run; nothing here is overwritten",
         )
     state, facts = dist.on_rank_zero(lambda: checkpoint.read_state(found), f"reading {found.path}")
-    _compare_runs(facts, config, train, directory)
+    windows = as_tuples(facts["config"].get("model.pretrained_window_sizes"))
+    if windows and not any(loaded.config.model.pretrained_window_sizes or ()):
+        loaded = loaded.with_value(("model", "pretrained_window_sizes"), windows, "settled when the run began")
+    _compare_runs(facts, loaded.config, train, directory)
     log().info("resuming from %s: step %d, every file verified", found.path, found.step)
-    return found, state
+    return found, state, loaded
 
 
 def facts_of(config: RunConfig, train: ShardSet) -> dict[str, Any]:

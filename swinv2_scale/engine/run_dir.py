@@ -16,6 +16,12 @@ from typing import IO, Any
 from swinv2_scale.errors import OutputError
 
 
+def is_run_or_checkpoint(path: Path) -> bool:
+    """Whether a path looks like a run, its ``checkpoints/`` or one of them; opening it says whether it is whole."""
+    names = ("checkpoints", "manifest.json")
+    return path.is_dir() and (any((path / name).exists() for name in names) or any(path.glob("step-*")))
+
+
 @dataclass
 class RunDirectory:
     """``RUN/``: config.yaml, metrics.jsonl, lives.jsonl, tensorboard/, panels/, checkpoints/, log/."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swinv2_scale.config.model import ModelConfig
+from swinv2_scale.config.model import ModelConfig, PretrainedWindows
 from swinv2_scale.geometry import Size
 from swinv2_scale.models.block import Block
 from swinv2_scale.models.ops.attend import resolve
@@ -97,7 +97,7 @@ class SwinV2(nn.Module):
         self.norm = nn.LayerNorm(config.stage_dims[-1])
         self.head = nn.Linear(config.stage_dims[-1], config.num_classes) if config.num_classes else None
 
-    def inherit_pretrained_windows(self, sizes: tuple[int | Size, ...]) -> None:
+    def inherit_pretrained_windows(self, sizes: PretrainedWindows) -> None:
         """Take the windows that loaded weights were first trained with: one entry a stage, a number or (h, w)."""
         self.config = self.config.model_copy(update={"pretrained_window_sizes": sizes})
         for stage, window in zip(self.layers, self.config.stage_pretrained_windows, strict=True):

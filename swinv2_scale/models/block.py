@@ -15,6 +15,7 @@ from swinv2_scale import draws
 from swinv2_scale.geometry import Size
 from swinv2_scale.models.ops.attend import Attend
 from swinv2_scale.models.position_bias import PositionBias
+from swinv2_scale.models.precision import wide_type
 from swinv2_scale.models.tiles import tiling
 
 #: Temperature of a fresh head, and the largest multiplier: the paper keeps tau above 0.01.
@@ -49,8 +50,7 @@ class WindowAttention(nn.Module):
         tiles = tiling(map_size, self.window_size, shifted, x.device)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = self.qkv(x, bias).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
-        scale = self.logit_scale.to(wide).clamp(max=MAX_LOGIT_SCALE).exp().flatten()
+        scale = self.logit_scale.to(wide_type(self.logit_scale.dtype)).clamp(max=MAX_LOGIT_SCALE).exp().flatten()
         table = self.cpb_mlp.table(tiles.window_size, x.device)
         out: Tensor = self.proj(self.attend(qkv, scale, table, tiles).reshape(batch, length, dim))
         return out

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swinv2_scale.geometry import Size, coordinate_divisor
+from swinv2_scale.models.precision import wide_type, without_autocast
 
 
 @lru_cache(maxsize=128)
@@ -37,7 +38,7 @@ class WideLinear(nn.Linear):
     """A Linear that computes in float32 (float64 for float64) whatever type its weights are kept in."""
 
     def forward(self, input: Tensor) -> Tensor:
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = wide_type(self.weight.dtype)
         return F.linear(input.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
 
 
@@ -58,6 +59,6 @@ class PositionBias(nn.Sequential):
     def table(self, window_size: Size, device: torch.device) -> Tensor:
         """(N, 2*h-1, 2*w-1) float32: 16 * sigmoid of the MLP, for the effective ``window_size``."""
         divisor = coordinate_divisor(self.pretrained_window)
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             values = self(log_spaced_offsets(window_size, divisor, device))
             return 16 * torch.sigmoid(values).movedim(-1, 0)

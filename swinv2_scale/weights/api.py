@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from swinv2_scale.config.model import ModelConfig
+from swinv2_scale.config.model import VARIANTS, ModelConfig, PretrainedWindows
 from swinv2_scale.errors import WeightsError
 from swinv2_scale.weights.facts import Facts
 from swinv2_scale.weights.names import FORMAT_NAMES, Format
@@ -21,7 +21,7 @@ from swinv2_scale.weights.write import write_weights
 Head = Literal["auto", "keep", "new"]
 
 #: What a pre-training model puts before the backbone's names.
-_BACKBONE = "encoder."
+BACKBONE = "encoder."
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LoadReport:
     new: Mapping[str, str]
     #: Of the file: not used, and why.
     dropped: Mapping[str, str]
-    pretrained_window_sizes: tuple[int | tuple[int, int], ...]
+    pretrained_window_sizes: PretrainedWindows
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Loading:
             WeightsError: a tensor holds NaN or infinity.
         """
         for name in (*self.report.loaded, *self.report.derived):
-            backbone_name = name.removeprefix(_BACKBONE)
+            backbone_name = name.removeprefix(BACKBONE)
             value = self._weights.tensor(backbone_name)
             if not bool(value.isfinite().all()):
                 raise WeightsError(f"{self._weights.where}: {name} holds NaN or infinity", "take an earlier checkpoint")
@@ -104,10 +104,17 @@ def load_weights(
         WeightsError: damaged, unsafe, or another model; names the first differing keys. The model is unchanged, except
             where a tensor turns out to hold NaN half-way.
     """
+    return load_into(model, open_weights(path), head=head, head_map=head_map)
+
+
+def load_into(
+    model: nn.Module, weights: Weights, *, head: Head = "auto", head_map: str | Path | None = None
+) -> LoadReport:
+    """load_weights for weights that are open already."""
     parameters = dict(model.named_parameters())
-    backbone: Any = getattr(model, _BACKBONE.rstrip("."), model)
+    backbone: Any = getattr(model, BACKBONE.rstrip("."), model)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    loading = plan_loading(open_weights(path), shapes, backbone.config, head=head, head_map=head_map)
+    loading = plan_loading(weights, shapes, backbone.config, head=head, head_map=head_map)
     with torch.no_grad():
         for name, value in loading.values():
             parameters[name].copy_(value)
@@ -132,13 +139,13 @@ def save_weights(
         WeightsError: the format can't hold this model; says why.
         OutputError: it can't be written, or something is there already.
     """
-    backbone: Any = getattr(model, _BACKBONE.rstrip("."), model)
+    backbone: Any = getattr(model, BACKBONE.rstrip("."), model)
     return write_weights(weights_of(model, backbone.config, facts or Facts()), Path(path), format)
 
 
 def weights_of(model: nn.Module, config: ModelConfig, facts: Facts) -> Weights:
     """A live model's parameters as named tensors."""
-    tensors = {name.removeprefix(_BACKBONE): p.detach() for name, p in model.named_parameters()}
+    tensors = {name.removeprefix(BACKBONE): p.detach() for name, p in model.named_parameters()}
     metas = {name: tensor.to("meta") for name, tensor in tensors.items()}
     fields = config.settled.model_dump(exclude={"attention"})
     said = Facts(fields, facts.pixel_mean, facts.pixel_std, facts.labels)
@@ -167,7 +174,7 @@ def plan_loading(
     differing: list[str] = []
     head_rows: Tensor | None = None
     for name, shape in shapes.items():
-        key = name.removeprefix(_BACKBONE)
+        key = name.removeprefix(BACKBONE)
         found = tuple(weights.metas[key].shape) if key in weights.metas else None
         if key.startswith("head."):
             if found is None or head == "new" or (found != shape and head == "auto" and head_map is None):
@@ -193,13 +200,13 @@ def plan_loading(
             new[name] = "the file is of no pre-training" if found is None else "it predicts other pixels"
         else:
             differing.append(name)
-    unused = [key for key in weights.metas if key not in {name.removeprefix(_BACKBONE) for name in shapes}]
+    unused = [key for key in weights.metas if key not in {name.removeprefix(BACKBONE) for name in shapes}]
     strange = [key for key in unused if not key.startswith(("head.", "decoder.")) and key != "mask_token"]
     if differing or strange:
         raise _another_model(weights, shapes, config, differing, strange)
-    config, warnings = inherit_windows(config, weights.facts, weights.where)
+    config, warnings = inherit_windows(config, weights.trained_windows, weights.where)
     dropped = {**weights.dropped, **dict.fromkeys(unused, "the model has no such part")}
-    if "mask_token" in {name.removeprefix(_BACKBONE) for name in loaded}:
+    if "mask_token" in {name.removeprefix(BACKBONE) for name in loaded}:
         warnings += _zero_token_warning(weights)
     windows = config.pretrained_window_sizes or ()
     report = LoadReport(weights.where, weights.style, tuple(loaded), derived, new, dropped, windows, warnings)
@@ -231,7 +238,7 @@ def _another_model(
     fields = weights.model_fields
     lines = [f"{weights.where} is of another model than this {describe(config.model_dump())}:"]
     for name in differing[:4]:
-        meta = weights.metas.get(name.removeprefix(_BACKBONE))
+        meta = weights.metas.get(name.removeprefix(BACKBONE))
         found = "not in the file" if meta is None else f"{tuple(meta.shape)} in the file"
         lines.append(f"  {name}: {found}, {shapes[name]} in the model")
     lines += [f"  {name}: {tuple(weights.metas[name].shape)} in the file, not in the model" for name in strange[:4]]
@@ -244,10 +251,9 @@ def _another_model(
 def describe(fields: Mapping[str, Any]) -> str:
     """One line about a model's shape."""
     parts = [
-        f"embed_dim {fields['embed_dim']}",
-        f"depths {list(fields['depths'])}",
-        f"num_heads {list(fields['num_heads'])}",
+        f"{key} {list(v) if isinstance(v := fields[key], tuple) else v}" for key in ("embed_dim", "depths", "num_heads")
     ]
     if fields.get("extra_norm_every"):
         parts.append(f"extra_norm_every {fields['extra_norm_every']}")
-    return f"swinv2_{fields['variant']} ({', '.join(parts)})"
+    is_named = all(fields[key] == value for key, value in VARIANTS.get(fields["variant"], {"embed_dim": 0}).items())
+    return f"{'swinv2_' + fields['variant'] if is_named else 'Swin V2'} ({', '.join(parts)})"

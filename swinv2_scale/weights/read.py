@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from swinv2_scale.config.model import ModelConfig
+from swinv2_scale.config.model import ModelConfig, PretrainedWindows
 from swinv2_scale.config.rules import model_problems
 from swinv2_scale.errors import WeightsError
 from swinv2_scale.weights import facts as facts_of
@@ -69,29 +69,45 @@ class Weights:
         said = {key: value for key, value in self.facts.model.items() if key == "variant"}
         return {**self.facts.model, **facts_of.shape_fields(shapes, depths_of(self.metas, "native")), **said}
 
+    @property
+    def trained_windows(self) -> PretrainedWindows | None:
+        """The windows that the position biases were first trained with; None where the source doesn't say.
+
+        Raises:
+            WeightsError: what it says is no geometry of this model.
+        """
+        known = self.model_fields
+        given = known.get("pretrained_window_sizes") or ()
+        if given and all(given):
+            return tuple(given)
+        if not {"image_size", "window_size"} <= set(known):
+            return None
+        return self._validated(known).settled.pretrained_window_sizes
+
     def config(self, **fields: Any) -> ModelConfig:
         """The model that these weights are of, with some fields given, its pretrained windows spelled out.
 
         Raises:
             WeightsError: the image size or the window is known from nowhere, or the fields make no model.
         """
-        known = {**self.model_fields, **fields}
+        known = {**self.model_fields, "pretrained_window_sizes": self.trained_windows, **fields}
         lacking = [key for key in ("image_size", "window_size") if key not in known]
         if lacking:
             raise WeightsError(
                 f"{self.where} doesn't say with which {' and '.join(lacking)} its model is run",
-                f"add {' '.join(f'{key}=NUMBER' for key in lacking)}",
+                f"say {' and '.join(f'{key}=NUMBER' for key in lacking)} (after --set on the command line)",
             )
+        return self._validated(known).settled
+
+    def _validated(self, fields: dict[str, Any]) -> ModelConfig:
         try:
-            config = ModelConfig.model_validate(known)
+            config = ModelConfig.model_validate(fields)
         except ValidationError as error:
-            raise WeightsError(f"{self.where} and the fields given make no model: {error}") from None
+            raise WeightsError(f"{self.where} makes no model: {_first_problems(error)}") from None
         problems = model_problems(config)
         if problems:
-            raise WeightsError(
-                "\n  - ".join([f"{self.where} and the fields given make no model:", *map(str, problems)])
-            )
-        return config.settled
+            raise WeightsError("\n  - ".join([f"{self.where} makes no model:", *map(str, problems)]))
+        return config
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -284,6 +300,11 @@ def _refused(path: Path, error: UnpicklingError) -> str:
     if names:
         return f"{path} wants to run code when it is loaded ({', '.join(names[:4])}); it was not run"
     return f"{path} is no file of torch.save: {str(error).splitlines()[-1][:200]}"
+
+
+def _first_problems(error: ValidationError) -> str:
+    found = error.errors(include_url=False)[:4]
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}, not {item['input']!r}" for item in found)
 
 
 def _json_beside(path: Path, name: str) -> dict[str, Any] | None:

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swinv2_scale.config.model import ModelConfig
+from swinv2_scale.config.model import ModelConfig, PretrainedWindows
 from swinv2_scale.errors import WeightsError
-from swinv2_scale.weights.facts import Facts
 
 
 def adapt_channels(weight: Tensor, in_channels: int) -> Tensor:
@@ -52,13 +51,17 @@ def read_head_map(path: str | Path, num_old: int, num_new: int) -> Tensor:
     return torch.tensor(numbers)
 
 
-def inherit_windows(config: ModelConfig, facts: Facts, where: str) -> tuple[ModelConfig, tuple[str, ...]]:
+def inherit_windows(
+    config: ModelConfig, known: PretrainedWindows | None, where: str
+) -> tuple[ModelConfig, tuple[str, ...]]:
     """The model's configuration with the pretrained windows that its weights were trained with, and warnings.
 
     They are inherited word for word: the scale of the position bias is that of the first pre-training for ever. Windows
     that the configuration spells out win.
+
+    Args:
+        known: those of the weights; None where nobody knows.
     """
-    known = _trained_windows(config, facts, where)
     if not any(config.pretrained_window_sizes or ()):
         if known is not None:
             return config.model_copy(update={"pretrained_window_sizes": known}), ()
@@ -74,18 +77,3 @@ def inherit_windows(config: ModelConfig, facts: Facts, where: str) -> tuple[Mode
             f"trained with {list(known)}: its position bias is read at another scale",
         )
     return settled, ()
-
-
-def _trained_windows(config: ModelConfig, facts: Facts, where: str) -> tuple[int | tuple[int, int], ...] | None:
-    keys = ("image_size", "window_size", "pretrained_window_sizes")
-    said = {key: facts.model[key] for key in keys if key in facts.model}
-    windows = said.get("pretrained_window_sizes") or ()
-    if not (windows and all(windows)) and not {"image_size", "window_size"} <= set(said):
-        return None
-    shape = {"depths": config.depths, "patch_size": config.patch_size, "num_heads": config.num_heads}
-    try:
-        return ModelConfig.model_validate({**shape, **said}).settled.pretrained_window_sizes
-    except ValueError as error:
-        raise WeightsError(
-            f"{where} says {said}, which is no geometry of {len(config.depths)} stages: {error}"
-        ) from None

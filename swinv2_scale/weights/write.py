@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.errors import OutputError, WeightsError
 from swinv2_scale.weights import hugging_face
-from swinv2_scale.weights.names import FORMAT_NAMES, Format, rules
+from swinv2_scale.weights.names import FORMAT_NAMES, Format, Rule, rules
 from swinv2_scale.weights.read import METADATA_KEY, Weights
 
 #: Hugging Face cuts larger models into files of this size.
@@ -47,6 +48,20 @@ class _Entry:
     @property
     def num_bytes(self) -> int:
         return self.meta.numel() * self.meta.itemsize
+
+
+class _Packer:
+    """Reads what several entries are cut from once: they are written one after the other."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._last: tuple[Rule | None, Sequence[Tensor]] = (None, ())
+
+    def read(self, rule: Rule, position: int) -> Tensor:
+        if self._last[0] is not rule:
+            self._last = (None, ())  # let go of the one before first
+            self._last = (rule, rule.pack([self._weights.tensor(name) for name in rule.ours]))
+        return self._last[1][position]
 
 
 def write_weights(weights: Weights, path: Path, style: Format, **fields: Any) -> tuple[str, ...]:
@@ -118,6 +133,7 @@ def _refuse(weights: Weights, config: ModelConfig | None, style: Format) -> None
 def _entries(weights: Weights, style: Format) -> tuple[list[_Entry], tuple[str, ...]]:
     depths = weights.model_fields["depths"]
     is_pretraining = any(name.startswith(_PRETRAINING) for name in weights.metas)
+    packer = _Packer(weights)
     entries: list[_Entry] = []
     left_out: list[str] = []
     for rule in rules(style, depths):
@@ -126,13 +142,10 @@ def _entries(weights: Weights, style: Format) -> tuple[list[_Entry], tuple[str, 
         if not rule.theirs or (style == "hf" and is_pretraining and rule.ours[0].startswith("head.")):
             left_out += rule.ours
             continue
-        packed = rule.pack([weights.metas[name] for name in rule.ours])
-        for position, (name, meta) in enumerate(zip(rule.theirs, packed, strict=True)):
-
-            def read(rule: Any = rule, position: int = position) -> Tensor:
-                return rule.pack([weights.tensor(ours) for ours in rule.ours])[position]  # type: ignore[no-any-return]
-
-            entries.append(_Entry(_final_name(name, style, is_pretraining, weights), meta, read))
+        metas = rule.pack([weights.metas[name] for name in rule.ours])
+        for position, (name, meta) in enumerate(zip(rule.theirs, metas, strict=True)):
+            final = _final_name(name, style, is_pretraining, weights)
+            entries.append(_Entry(final, meta, partial(packer.read, rule, position)))
     said = f"{FORMAT_NAMES[style]}'s model has no {', '.join(left_out)}" if left_out else ""
     return entries, (said,) if said else ()
 

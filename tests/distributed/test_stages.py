@@ -1,12 +1,14 @@
 """Every ZeRO stage and precision: the same first weights, no poisoned update, exact resumption."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from swinv2_scale.engine.checkpoint import ALLOWED_CLASSES
+from swinv2_scale.engine.checkpoint import ALLOWED_CLASSES, open_run_or_checkpoint
+from swinv2_scale.engine.consolidate import MasterWeights
 from tests.support.processes import run_worker
 from tests.support.small_run import write_config
 
@@ -72,6 +74,18 @@ def test_resuming_gives_the_same_bits(one: dict[str, Any], two: dict[str, Any], 
     for found in (one, two) if stage in ALONE else (two,):
         assert found[stage]["resumed"] == found[stage]["losses"][1:]
         assert found[stage]["same end"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_gives_every_float32_master_back_whole(
+    one: dict[str, Any], two: dict[str, Any], stage: str
+) -> None:
+    for found in (one, two) if stage in ALONE else (two,):
+        weights = MasterWeights(open_run_or_checkpoint(Path(found[stage]["checkpoint"])))
+        sha = hashlib.sha256()
+        for name in sorted(weights.shapes):
+            sha.update(weights.tensor(name).numpy().tobytes())
+        assert sha.hexdigest() == found[stage]["published masters"]
 
 
 def test_stages_compute_the_same_training_in_float32(two: dict[str, Any]) -> None:

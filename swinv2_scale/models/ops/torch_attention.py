@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swinv2_scale.geometry import Size
+from swinv2_scale.models.precision import wide_type, without_autocast
 from swinv2_scale.models.tiles import TileGroup, Tiling, tile_bias, to_map, to_tiles
 
 
 def eager(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling) -> Tensor:
     """All tiles of one shape at once, everything in float32 (float64 for float64). See the contract in attend.py."""
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         pieces = [
             _from_heads(_tile_attention(q, k, v, logit_scale, tile_bias(bias_table, group.shape)), qkv)
             for group, (q, k, v) in _groups(to_tiles(qkv, tiles), tiles)
@@ -36,7 +37,7 @@ def sequential(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tili
     Source: sec. 3.5 of the paper names "sequential self-attention computation" without saying what is sequential; a
     loop without recomputation saves nothing in training.
     """
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         ordered = to_tiles(qkv, tiles)
         pieces = [
             _Sequential.apply(q, k, v, logit_scale, bias_table, group.shape, max_score_bytes)
@@ -51,11 +52,11 @@ def sdpa(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling) ->
     With gradients it is the math kernel: the fused ones have no gradient for a bias on CPUs, and on CUDA add it up in
     an order that changes.
     """
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         pieces = []
         for group, (q, k, v) in _groups(to_tiles(qkv, tiles), tiles):
             bias = tile_bias(bias_table, group.shape)[None]
-            inputs = unit(q) * logit_scale[:, None, None], unit(k), v.to(_wide(v.dtype))
+            inputs = unit(q) * logit_scale[:, None, None], unit(k), v.to(wide_type(v.dtype))
             if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, bias)):
                 with sdpa_kernel(SDPBackend.MATH):
                     out = F.scaled_dot_product_attention(*inputs, attn_mask=bias, scale=1.0)
@@ -70,7 +71,7 @@ def unit(x: Tensor) -> Tensor:
 
     An epsilon added to the norm would underflow in half precision, and 0/0 is what an all-zero token gives there.
     """
-    x = x.to(_wide(x.dtype))
+    x = x.to(wide_type(x.dtype))
     # First to a length near one, by a power of two (exact, and a constant for the gradient): the square of a tiny
     # vector would underflow, and its reciprocal's gradient overflow.
     exponent = torch.frexp(x.detach().abs().amax(-1, keepdim=True)).exponent.clamp(-100, 100)
@@ -78,10 +79,6 @@ def unit(x: Tensor) -> Tensor:
     square = x.square().sum(-1, keepdim=True)
     is_zero = square == 0
     return x * torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, square).rsqrt())
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _tile_attention(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor) -> Tensor:
@@ -128,7 +125,7 @@ class _Sequential(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, logit_scale, table = ctx.saved_tensors
-        wide = _wide(q.dtype)
+        wide = wide_type(q.dtype)
         dq = torch.empty_like(q)
         # Keys and values collect from several row pieces: summed in float32, rounded once.
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
@@ -161,7 +158,7 @@ def _pieces(q: Tensor, shape: Size, max_bytes: int) -> Iterator[tuple[slice, sli
     """(heads, rows of the first axis, queries of those rows, slices over tiles), each piece within ``max_bytes``."""
     num_tiles, num_heads = q.shape[0], q.shape[1]
     width = math.prod(shape[1:])
-    one_row = width * math.prod(shape) * _wide(q.dtype).itemsize  # scores of one row of one head of one tile
+    one_row = width * math.prod(shape) * wide_type(q.dtype).itemsize  # scores of one row of one head of one tile
     # Of one piece live the scores and the bias: as many bytes again for every head and row.
     heads = max(1, min(num_heads, max_bytes // (2 * one_row * shape[0])))
     rows = shape[0] if 2 * one_row * shape[0] <= max_bytes else max(1, max_bytes // (2 * one_row))

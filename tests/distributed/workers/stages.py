@@ -93,7 +93,8 @@ def check(path: str, scratch: Path, stage: int, precision: str) -> dict[str, Any
     result["unchanged"] = before == (digest(engine), master_digest(engine))
     task.poison = ""
     folder = scratch / f"{stage}-{precision}"
-    checkpoint.publish(engine, folder, TrainState(step=4), {}, keep=2)
+    result["published masters"] = master_digest(engine)
+    result["checkpoint"] = str(checkpoint.publish(engine, folder, TrainState(step=4), {}, keep=2))
     losses += [train_step(engine, task, next(steps), 1e-3) for _ in range(2)]
     result["losses"] = [(step.loss, step.grad_norm, step.is_applied) for step in losses]
 

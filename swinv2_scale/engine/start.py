@@ -1,0 +1,93 @@
+"""What the weights of a fresh run begin with: drawn numbers, or anyone's weights (``init_from``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from swinv2_scale import dist
+from swinv2_scale.config.loader import LoadedConfig
+from swinv2_scale.config.run import RunConfig
+from swinv2_scale.engine import checkpoint, zero
+from swinv2_scale.engine.consolidate import MasterWeights
+from swinv2_scale.engine.run_dir import is_run_or_checkpoint
+from swinv2_scale.models.initialise import initial_values
+from swinv2_scale.tasks.base import Task
+from swinv2_scale.telemetry.console import log
+from swinv2_scale.weights.api import BACKBONE, Loading, plan_loading
+from swinv2_scale.weights.facts import Facts, native_fields
+from swinv2_scale.weights.read import Weights, open_weights
+
+_WINDOWS = ("model", "pretrained_window_sizes")
+
+
+def open_source(path: Path) -> Weights:
+    """Weights of any format, and of our runs and checkpoints (of any number of processes).
+
+    Raises:
+        WeightsError: not weights of a Swin V2.
+        CheckpointError: a run without a whole checkpoint.
+    """
+    if is_run_or_checkpoint(path):
+        return consolidated(checkpoint.open_run_or_checkpoint(path))
+    return open_weights(path)
+
+
+def consolidated(found: checkpoint.Checkpoint) -> Weights:
+    """The float32 masters of a checkpoint as named tensors."""
+    masters = MasterWeights(found)
+    _, facts = checkpoint.read_state(found)
+    flat = {tuple(key.split(".")): value for key, value in facts["config"].items()}
+    model = {path[1]: value for path, value in flat.items() if path[0] == "model" and len(path) == 2}
+    names = {name.removeprefix(BACKBONE): name for name in masters.shapes}
+    return Weights(
+        where=str(found.path),
+        style="native",
+        facts=Facts(
+            native_fields(model),
+            pixel_mean=tuple(flat["data", "pixel_mean"]),
+            pixel_std=tuple(flat["data", "pixel_std"]),
+        ),
+        metas={ours: torch.empty(masters.shapes[name], device="meta") for ours, name in names.items()},
+        tensor=lambda ours: masters.tensor(names[ours]),
+        dropped={},
+    )
+
+
+def settle(loaded: LoadedConfig, make_task: Callable[[RunConfig], Task]) -> tuple[LoadedConfig, Loading | None]:
+    """Open ``init_from``, check it against the model, and spell out the pretrained windows that the run will have.
+
+    Called by all ranks of a run that has no checkpoint yet.
+
+    Raises:
+        WeightsError: on every rank, if the weights don't fit.
+    """
+    config = loaded.config
+    if config.init_from is None:
+        return loaded.with_value(_WINDOWS, config.model.settled.pretrained_window_sizes, "image and window size"), None
+
+    def plan() -> Loading:
+        with torch.device("meta"):
+            model = make_task(config).build_model()
+        shapes = {name: tuple(shape) for name, shape in zero.full_shapes(model).items()}
+        return plan_loading(open_source(Path(str(config.init_from))), shapes, config.model)
+
+    loading = dist.all_agree(plan, f"opening the weights {config.init_from}")
+    for line in str(loading.report).splitlines():
+        log().info("starting from %s", line) if line[0] != " " else log().info("%s", line)
+    windows = loading.report.pretrained_window_sizes
+    return loaded.with_value(_WINDOWS, windows, f"inherited from {config.init_from}"), loading
+
+
+def first_values(
+    model: nn.Module, shapes: dict[str, torch.Size], seed: int, loading: Loading | None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 value) of every parameter of a fresh run, one at a time."""
+    drawn = shapes if loading is None else {name: shapes[name] for name in loading.report.new}
+    yield from initial_values(model, drawn, seed)
+    if loading is not None:
+        for name, value in loading.values():
+            yield name, value.float()

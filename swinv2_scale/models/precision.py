@@ -1,0 +1,15 @@
+"""Types that arithmetic is done in, whatever the model is kept in."""
+
+from __future__ import annotations
+
+import torch
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A context in which nothing is cast; also for the meta device, which autocast doesn't know."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """float32 for anything narrower, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

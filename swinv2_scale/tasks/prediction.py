@@ -1,0 +1,132 @@
+"""Classify image files with anyone's weights: the likeliest classes, and a picture of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from swinv2_scale.data.decode import IMAGE_FORMATS, decode_image
+from swinv2_scale.data.reader import Record
+from swinv2_scale.data.transforms import central_resized_crop, to_array
+from swinv2_scale.errors import ConfigError, DataError, OutputError, WeightsError
+from swinv2_scale.models.backbone import SwinV2
+from swinv2_scale.weights.api import load_into
+from swinv2_scale.weights.read import Weights
+
+#: Everybody evaluates at 256 px after cutting 224 out: seven eighths of each side.
+_CROP_SHARE = 0.875
+_THUMBNAIL, _ROW, _GAP, _TEXT_WIDTH = 160, 22, 12, 420
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image and its likeliest classes, best first."""
+
+    path: Path
+    image: Image.Image
+    top: tuple[tuple[str, float], ...]  # (class name, probability)
+
+
+class Classifier:
+    """A model with its weights, its image size and its class names, as its file says them.
+
+    Args:
+        labels: a file of class names, one a line; else those of the weights, else numbers.
+        fields: of ModelConfig, where the weights don't say them: image_size, window_size, ..
+
+    Raises:
+        WeightsError: no class head, or no Swin V2.
+        ConfigError: the names don't fit the classes.
+    """
+
+    def __init__(self, weights: Weights, labels: Path | None = None, **fields: Any) -> None:
+        config = weights.config(**fields)
+        if not config.num_classes:
+            raise WeightsError(
+                f"{weights.where} has no class head: it can't tell classes apart",
+                "give weights that were trained or fine-tuned with labels",
+            )
+        self.names = _class_names(labels, weights.facts.labels, config.num_classes)
+        self.model = SwinV2(config).eval()
+        load_into(self.model, weights)
+        mean, std = weights.facts.normalisation(config.in_channels)
+        self._mean, self._std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+
+    @torch.inference_mode()
+    def predict(self, path: Path, top_k: int) -> Prediction:
+        """The likeliest classes of one image: its centre, at the model's size.
+
+        Raises:
+            DataError: it can't be read as an image.
+        """
+        config = self.model.config
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read the image {path}: {error}", "check the path") from None
+        record = Record(str(path), str(path), {path.suffix.lower().lstrip("."): content})
+        image = decode_image(record, config.in_channels)
+        pixels = torch.from_numpy(to_array(central_resized_crop(image, config.image_shape, "bicubic", _CROP_SHARE)))
+        logits = self.model(((pixels / 255 - self._mean) / self._std)[None])[0]
+        best = logits.softmax(-1).topk(min(top_k, len(self.names)))
+        top = tuple((self.names[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True))
+        return Prediction(path, image, top)
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    """Files as they are, folders as the images in them, sorted.
+
+    Raises:
+        DataError: nothing there, or a folder without images.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(p for p in path.glob("*") if p.suffix.lower().lstrip(".") in IMAGE_FORMATS)
+        if not path.exists() or (path.is_dir() and not inside):
+            problem = "holds no images" if path.exists() else "doesn't exist"
+            raise DataError(f"{path} {problem}", f"images end with one of {', '.join(IMAGE_FORMATS)}")
+        found += inside if path.is_dir() else [path]
+    return found
+
+
+def draw_predictions(predictions: list[Prediction], path: Path) -> None:
+    """Each image with a bar for each of its classes, one below the other, as a PNG.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    heights = [max(_THUMBNAIL, len(p.top) * _ROW) + _GAP for p in predictions]
+    picture = Image.new("RGB", (_THUMBNAIL + _TEXT_WIDTH + 3 * _GAP, sum(heights) + _GAP), "white")
+    pen = ImageDraw.Draw(picture)
+    y = _GAP
+    for prediction, height in zip(predictions, heights, strict=True):
+        thumbnail = prediction.image.convert("RGB")
+        thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        picture.paste(thumbnail, (_GAP + (_THUMBNAIL - thumbnail.width) // 2, y))
+        for number, (name, probability) in enumerate(prediction.top):
+            left, top = _THUMBNAIL + 2 * _GAP, y + number * _ROW
+            pen.rectangle((left, top, left + max(1, round(_TEXT_WIDTH * probability)), top + _ROW - 6), fill="#b8d4f0")
+            pen.text((left + 4, top + 2), f"{probability:.1%}  {name}"[:70], fill="black")
+        y += height
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, format="PNG")
+    except OSError as error:
+        raise OutputError(f"{path} can't be written: {error}", "name another place with --picture") from error
+
+
+def _class_names(labels: Path | None, known: tuple[str, ...] | None, num_classes: int) -> tuple[str, ...]:
+    if labels is not None:
+        try:
+            known = tuple(line.strip() for line in labels.read_text(encoding="utf-8").splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the class names {labels}: {error}", "one name a line, as UTF-8") from None
+        if len(known) != num_classes:
+            raise ConfigError(f"{labels} has {len(known)} names, the model has {num_classes} classes")
+    if known is None or len(known) != num_classes:
+        return tuple(f"class {number}" for number in range(num_classes))
+    return known
