@@ -97,7 +97,7 @@ def write_weights(weights: Weights, path: Path, style: Format, **fields: Any) ->
         if path.suffix == ".safetensors":
             _write_safetensors(part, entries, {"format": "pt", **({METADATA_KEY: about} if about else {})})
         else:
-            _write_pickle(part, entries, style, config)
+            _write_pickle(part, entries, _beside(style, config, about))
     return left_out
 
 
@@ -219,20 +219,26 @@ def _write_safetensors(path: Path, entries: list[_Entry], metadata: dict[str, st
             file.write(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _write_pickle(path: Path, entries: list[_Entry], style: Format, config: ModelConfig | None) -> None:
-    """torch.save wants all tensors at once too: they come mapped, out of a file beside."""
+def _write_pickle(path: Path, entries: list[_Entry], extra: dict[str, Any]) -> None:
+    """torch.save wants all tensors at once too: they come mapped, out of a file beside.
+
+    Args:
+        extra: what the file holds beside its ``model``; nothing: it is the tensors themselves.
+    """
     beside = path.with_name(path.name + ".tensors")
     try:
         _write_safetensors(beside, entries, {})
         with safe_open(beside, framework="pt") as file:
             tensors = {entry.name: file.get_tensor(entry.name).view_as(entry.meta) for entry in entries}
-            if style == "microsoft":
-                assert config is not None
-                torch.save({"model": tensors, "config": _microsoft_config(config)}, path)
-            else:
-                torch.save(tensors, path)
+            torch.save({"model": tensors, **extra} if extra else tensors, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _beside(style: Format, config: ModelConfig | None, about: str | None) -> dict[str, Any]:
+    if style == "native":
+        return {METADATA_KEY: about}
+    return {"config": _microsoft_config(config)} if style == "microsoft" and config else {}
 
 
 def _microsoft_config(config: ModelConfig) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from swinv2_scale.cli.main import main
 from swinv2_scale.config.loader import load_config
 from swinv2_scale.engine.start import open_source
 from swinv2_scale.tasks.simmim import SimMIMTask
 from swinv2_scale.weights.api import save_weights
+from swinv2_scale.weights.read import open_weights
 from tests.support.processes import pretrain
 from tests.support.small_run import write_config
 
@@ -71,6 +73,16 @@ def assert_holds(run: Path, model: torch.nn.Module) -> None:
 
 def test_float32_weights_reach_the_masters_of_sharded_bf16_unrounded(first: Path, model: torch.nn.Module) -> None:
     assert_holds(first, model)
+
+
+def test_a_sharded_run_is_exported_to_hugging_face_with_every_bit_of_its_masters(
+    tmp_path: Path, first: Path, model: torch.nn.Module
+) -> None:
+    assert main(["export", str(first), str(tmp_path / "hf"), "--format", "hf"]) == 0
+    exported = open_weights(tmp_path / "hf")
+    assert exported.facts.pixel_mean == (0.286,)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(exported.tensor(name.removeprefix("encoder.")), parameter), name
 
 
 def test_a_run_goes_to_another_size_and_number_of_processes_and_keeps_its_pretrained_windows(
