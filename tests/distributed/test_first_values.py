@@ -1,0 +1,40 @@
+"""SwinV2-G begins with the same bits however it is sharded."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from swinv2_scale.config.loader import load_config
+from swinv2_scale.models.factory import initialise
+from swinv2_scale.tasks.simmim import SimMIMTask
+from tests.support.processes import REPOSITORY, run_worker
+
+CONFIG = REPOSITORY / "configs" / "simmim" / "simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml"
+#: Everything of G but its width, and all of it sharded: no parameter is small enough to stay whole.
+NARROW = (
+    "model.embed_dim=16",
+    "model.num_heads=[1, 2, 4, 8]",
+    "data.global_batch_size=4",
+    "data.micro_batch_size=1",
+    "engine.param_persistence_elements=1",
+)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_giant_built_under_zero_init_has_the_first_values_of_one_built_plainly(processes: int) -> None:
+    output = run_worker("first_values.py", CONFIG, *NARROW, processes=processes).output
+    found = next(line for line in output.splitlines() if line.startswith("RESULT ")).split()[1]
+    assert found == plain_digest(CONFIG)
+
+
+def plain_digest(path: Path) -> str:
+    config = load_config(path, list(NARROW)).config
+    model = SimMIMTask(config).build_model()
+    initialise(model, config.seed)
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        rounded = parameter.detach().to(torch.bfloat16).float()
+        sha.update(name.encode() + rounded.numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,33 @@
+"""SwinV2-G's first stage at a small width, built under ``zero.Init`` with its first values; prints their digest.
+
+Arguments: the configuration, then overrides.
+"""
+
+import hashlib
+import sys
+
+from swinv2_scale import dist
+from swinv2_scale.config.loader import load_config
+from swinv2_scale.engine import zero
+from swinv2_scale.engine.deepspeed_config import translate
+from swinv2_scale.engine.deepspeed_import import deepspeed
+from swinv2_scale.engine.start import first_values
+from swinv2_scale.tasks.simmim import SimMIMTask
+
+
+def main(path: str, *overrides: str) -> None:
+    dist.start(240)
+    config = load_config(path, list(overrides)).config
+    model = zero.build(SimMIMTask(config).build_model, translate(config, dist.world_size()))
+    zero.assign(model, first_values(model, zero.full_shapes(model), config.seed, None))
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            sha.update(name.encode() + parameter.detach().float().contiguous().numpy().tobytes())
+    if dist.rank() == 0:
+        print("RESULT " + sha.hexdigest())
+    dist.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
