@@ -92,6 +92,8 @@ class SwinV2(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        #: Loaded weights bring their own pretrained windows, unless the constructor was given some.
+        self.windows_are_given = any(config.pretrained_window_sizes or ())
         self.patch_embed = PatchEmbed(config.in_channels, config.patch_size, config.embed_dim)
         self.layers = nn.ModuleList(Stage(config, stage) for stage in range(config.num_stages))
         self.norm = nn.LayerNorm(config.stage_dims[-1])

@@ -22,6 +22,7 @@ from swinv2_scale.data.transforms import central_resized_crop, random_resized_cr
 from swinv2_scale.draws import Draw
 from swinv2_scale.geometry import Size
 from swinv2_scale.models.backbone import SwinV2
+from swinv2_scale.models.precision import wide_type
 
 #: Grey that stands for hidden pixels in panels.
 _HIDDEN_GREY = 128
@@ -82,7 +83,8 @@ class SimMIM(nn.Module):
         tokens = torch.where(hidden_tokens, self.mask_token.to(tokens.dtype), tokens)
         features, map_size = encoder.forward_levels(tokens, map_size, drop_keys)[-1]
         features = encoder.norm(features).transpose(1, 2).reshape(len(images), -1, *map_size)
-        prediction = self.decoder(features).float()
+        prediction = self.decoder(features)
+        prediction = prediction.to(wide_type(prediction.dtype))
         error = (self.target(pixels) - prediction).abs()
         hidden_pixels = _repeated(hidden, self.mask_patch_size)[:, None].float()
         count = hidden_pixels.sum((1, 2, 3)) * images.shape[1]

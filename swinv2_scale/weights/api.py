@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_scale.config.model import VARIANTS, ModelConfig, PretrainedWindows
+from swinv2_scale.config.source import format_value
 from swinv2_scale.errors import WeightsError
 from swinv2_scale.weights.facts import Facts
 from swinv2_scale.weights.names import FORMAT_NAMES, Format
@@ -74,14 +75,13 @@ class Loading:
             WeightsError: a tensor holds NaN or infinity.
         """
         for name in (*self.report.loaded, *self.report.derived):
-            backbone_name = name.removeprefix(BACKBONE)
-            value = self._weights.tensor(backbone_name)
+            key = name.removeprefix(BACKBONE)
+            value = self._weights.tensor(key)
             if not bool(value.isfinite().all()):
                 raise WeightsError(f"{self._weights.where}: {name} holds NaN or infinity", "take an earlier checkpoint")
-            if backbone_name == "patch_embed.proj.weight":
-                wanted = self.config.in_channels
-                value = value if value.shape[1] == wanted else adapt_channels(value, wanted)
-            elif self._head_rows is not None and backbone_name.startswith("head."):
+            if key == "patch_embed.proj.weight" and value.shape[1] != self.config.in_channels:
+                value = adapt_channels(value, self.config.in_channels)
+            elif self._head_rows is not None and key.startswith("head."):
                 value = value[self._head_rows]
             yield name, value
 
@@ -111,10 +111,14 @@ def load_into(
     model: nn.Module, weights: Weights, *, head: Head = "auto", head_map: str | Path | None = None
 ) -> LoadReport:
     """load_weights for weights that are open already."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     parameters = dict(model.named_parameters())
     backbone: Any = getattr(model, BACKBONE.rstrip("."), model)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    loading = plan_loading(weights, shapes, backbone.config, head=head, head_map=head_map)
+    config = backbone.config
+    if not backbone.windows_are_given:  # those of weights that were loaded before don't count
+        config = config.model_copy(update={"pretrained_window_sizes": None})
+    loading = plan_loading(weights, shapes, config, head=head, head_map=head_map)
     with torch.no_grad():
         for name, value in loading.values():
             parameters[name].copy_(value)
@@ -139,6 +143,7 @@ def save_weights(
         WeightsError: the format can't hold this model; says why.
         OutputError: it can't be written, or something is there already.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     backbone: Any = getattr(model, BACKBONE.rstrip("."), model)
     return write_weights(weights_of(model, backbone.config, facts or Facts()), Path(path), format)
 
@@ -168,55 +173,84 @@ def plan_loading(
     Raises:
         WeightsError: the file is of another model.
     """
+    ours = {name.removeprefix(BACKBONE): name for name in shapes}
     loaded: list[str] = []
     derived: dict[str, str] = {}
     new: dict[str, str] = {}
     differing: list[str] = []
-    head_rows: Tensor | None = None
-    for name, shape in shapes.items():
-        key = name.removeprefix(BACKBONE)
-        found = tuple(weights.metas[key].shape) if key in weights.metas else None
+    head_part, head_reason, head_rows = _plan_head(weights, shapes.get(ours.get("head.weight", "")), head, head_map)
+    for key, name in ours.items():
+        shape, found = shapes[name], tuple(weights.metas[key].shape) if key in weights.metas else None
         if key.startswith("head."):
-            if found is None or head == "new" or (found != shape and head == "auto" and head_map is None):
-                new[name] = "the file has no head" if found is None else _why_new_head(head, found, shape)
-            elif head_map is not None:
-                head_rows = read_head_map(head_map, found[0], shape[0])
-                derived[name] = f"rows of {found[0]} classes picked by {head_map}"
+            if head_part == "loaded":
+                loaded.append(name)
             else:
-                (loaded if found == shape else differing).append(name)
+                (derived if head_part == "derived" else new)[name] = head_reason
         elif found == shape:
             loaded.append(name)
         elif (
-            key == "patch_embed.proj.weight"
-            and found
-            and found[1] == 3
-            and (found[0], *found[2:]) == (shape[0], *shape[2:])
+            key == "patch_embed.proj.weight" and found and (found[0], 3, *found[2:]) == (shape[0], found[1], *shape[2:])
         ):
             how = "summed over RGB" if shape[1] == 1 else f"RGB in turn, times 3/{shape[1]}"
             derived[name] = f"3 channels to {shape[1]}: {how}"
-        elif key == "mask_token" and found is None:
+        elif found is None and key.startswith(("mask_token", "decoder.")):
             new[name] = "the file is of no pre-training"
-        elif key.startswith("decoder.") and (found is None or found[0] != shape[0]):
-            new[name] = "the file is of no pre-training" if found is None else "it predicts other pixels"
+        elif found and key.startswith("decoder.") and found[0] != shape[0]:
+            new[name] = "the file's predicts other pixels"
         else:
             differing.append(name)
-    unused = [key for key in weights.metas if key not in {name.removeprefix(BACKBONE) for name in shapes}]
+    unused = {key: "the model has no such part" for key in weights.metas if key not in ours}
     strange = [key for key in unused if not key.startswith(("head.", "decoder.")) and key != "mask_token"]
     if differing or strange:
         raise _another_model(weights, shapes, config, differing, strange)
     config, warnings = inherit_windows(config, weights.trained_windows, weights.where)
-    dropped = {**weights.dropped, **dict.fromkeys(unused, "the model has no such part")}
-    if "mask_token" in {name.removeprefix(BACKBONE) for name in loaded}:
+    replaced = {key: new[name] for key, name in ours.items() if name in new and key in weights.metas}
+    if "mask_token" in weights.metas and "mask_token" in ours:
         warnings += _zero_token_warning(weights)
-    windows = config.pretrained_window_sizes or ()
-    report = LoadReport(weights.where, weights.style, tuple(loaded), derived, new, dropped, windows, warnings)
+    report = LoadReport(
+        weights.where,
+        weights.style,
+        tuple(loaded),
+        derived,
+        new,
+        {**weights.dropped, **unused, **replaced},
+        config.pretrained_window_sizes or (),
+        warnings,
+    )
     return Loading(report, config, weights, head_rows)
 
 
-def _why_new_head(head: Head, found: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    return (
-        "a new head was asked for" if head == "new" else f"the file's head has {found[0]} classes, the model {shape[0]}"
-    )
+def _plan_head(
+    weights: Weights, shape: tuple[int, ...] | None, head: Head, head_map: str | Path | None
+) -> tuple[Literal["loaded", "derived", "new"], str, Tensor | None]:
+    """What becomes of the class head, why, and which rows of the file's it takes.
+
+    Args:
+        shape: of the model's head; None where it has none.
+
+    Raises:
+        WeightsError: what is asked for can't be.
+    """
+    found = tuple(weights.metas["head.weight"].shape) if "head.weight" in weights.metas else None
+    if head_map is not None:
+        if found is None or shape is None or head == "new":
+            why = (
+                "the file has no head" if found is None else "the model has no head" if shape is None else "head='new'"
+            )
+            raise WeightsError(f"a head map is given for {weights.where}, but {why}", "leave out head_map")
+        rows = read_head_map(head_map, found[0], shape[0])
+        return "derived", f"rows of {found[0]} classes picked by {head_map}", rows
+    if shape is not None and head == "keep" and found != shape:
+        theirs = "no head" if found is None else f"a head of {found[0]} classes"
+        raise WeightsError(
+            f"head='keep', but {weights.where} has {theirs}, the model one of {shape[0]}",
+            "use head='auto' or a head_map",
+        )
+    if head == "new" or found is None or shape is None:
+        return "new", "a new head was asked for" if found else "the file has no head", None
+    if found[0] != shape[0]:
+        return "new", f"the file's head has {found[0]} classes, the model's {shape[0]}", None
+    return "loaded", "", None
 
 
 def _zero_token_warning(weights: Weights) -> tuple[str, ...]:
@@ -235,7 +269,6 @@ def _another_model(
     differing: list[str],
     strange: list[str],
 ) -> WeightsError:
-    fields = weights.model_fields
     lines = [f"{weights.where} is of another model than this {describe(config.model_dump())}:"]
     for name in differing[:4]:
         meta = weights.metas.get(name.removeprefix(BACKBONE))
@@ -244,15 +277,16 @@ def _another_model(
     lines += [f"  {name}: {tuple(weights.metas[name].shape)} in the file, not in the model" for name in strange[:4]]
     more = len(differing) + len(strange) - (len(lines) - 1)
     lines += [f"  and {more} more"] if more else []
-    lines.append(f"the file seems to be a {describe(fields)}")
-    return WeightsError("\n".join(lines), "create the model with those values, or give other weights")
+    theirs, ours = weights.model_fields, config.model_dump()
+    fields = [key for key in weights.shape_fields if key not in ("variant", "num_classes") and theirs[key] != ours[key]]
+    lines.append(f"the file seems to be a {describe(theirs)}")
+    values = ", ".join(f"{key} {format_value(theirs[key])}" for key in fields)
+    return WeightsError("\n".join(lines), f"create the model with {values or 'its values'}, or give other weights")
 
 
 def describe(fields: Mapping[str, Any]) -> str:
     """One line about a model's shape."""
-    parts = [
-        f"{key} {list(v) if isinstance(v := fields[key], tuple) else v}" for key in ("embed_dim", "depths", "num_heads")
-    ]
+    parts = [f"{key} {format_value(fields[key])}" for key in ("embed_dim", "depths", "num_heads")]
     if fields.get("extra_norm_every"):
         parts.append(f"extra_norm_every {fields['extra_norm_every']}")
     is_named = all(fields[key] == value for key, value in VARIANTS.get(fields["variant"], {"embed_dim": 0}).items())

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from swinv2_scale import geometry
 from swinv2_scale.config.model import VARIANTS, ModelConfig
 from swinv2_scale.errors import WeightsError
 
@@ -37,25 +38,49 @@ class Facts:
         return self.pixel_mean or default[0], self.pixel_std or default[1]
 
 
-def shape_fields(shapes: Mapping[str, Sequence[int]], depths: Sequence[int]) -> dict[str, Any]:
-    """The fields of ModelConfig that tensors' shapes fix, from whole and consistent ones."""
-    dim, in_channels, patch_size, _ = shapes["patch_embed.proj.weight"]
-    hidden = shapes["layers.0.blocks.0.mlp.fc1.weight"][0]
-    # The model takes int(dim * ratio): a quotient rounded down would lose one.
-    mlp_ratio = hidden / dim if int(dim * (hidden / dim)) == hidden else math.nextafter(hidden / dim, math.inf)
+def shape_fields(
+    shapes: Mapping[str, Sequence[int]], depths: Sequence[int], where: str, said_ratio: float | None
+) -> dict[str, Any]:
+    """The fields of ModelConfig that tensors' shapes fix.
+
+    Args:
+        said_ratio: the file's own word for mlp_ratio: several make the same widths.
+
+    Raises:
+        WeightsError: they are no Swin V2's.
+    """
+
+    def shape(name: str, num_axes: int) -> Sequence[int]:
+        found = shapes.get(name, ())
+        if len(found) != num_axes or not all(found):
+            raise WeightsError(f"{where}: {name} has shape {tuple(found)}, a Swin V2's has {num_axes} axes")
+        return found
+
+    dim, in_channels, patch_size, _ = shape("patch_embed.proj.weight", 4)
+    stages = range(len(depths))
     fields: dict[str, Any] = {
         "embed_dim": dim,
         "in_channels": in_channels,
         "patch_size": patch_size,
         "depths": tuple(depths),
-        "num_heads": tuple(shapes[f"layers.{i}.blocks.0.attn.logit_scale"][0] for i in range(len(depths))),
-        "mlp_ratio": mlp_ratio,
-        "num_classes": shapes["head.weight"][0] if "head.weight" in shapes else 0,
-        **_extra_norm_fields(shapes, depths),
+        "num_heads": tuple(shape(f"layers.{i}.blocks.0.attn.logit_scale", 3)[0] for i in stages),
+        "mlp_ratio": _mlp_ratio([shape(f"layers.{i}.blocks.0.mlp.fc1.weight", 2) for i in stages], said_ratio, where),
+        "num_classes": shape("head.weight", 2)[0] if "head.weight" in shapes else 0,
+        **_extra_norm_fields(shapes, depths, where),
     }
     compared = ("embed_dim", "depths")
     same = [name for name, variant in VARIANTS.items() if all(variant[key] == fields[key] for key in compared)]
     return {"variant": same[0] if same else "tiny", **fields}
+
+
+def _mlp_ratio(widths: Sequence[Sequence[int]], said: float | None, where: str) -> float:
+    """The ratio that gives all of these (hidden width, width) by ``int(width * ratio)``."""
+    low = max(hidden / width for hidden, width in widths)
+    # The quotient may be rounded down, and then make one less.
+    for ratio in (said, low, math.nextafter(low, math.inf)):
+        if isinstance(ratio, float) and all(int(width * ratio) == hidden for hidden, width in widths):
+            return ratio
+    raise WeightsError(f"{where}: the shapes of mlp.fc1.weight, {widths}, are of no common mlp_ratio")
 
 
 def native_fields(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +88,7 @@ def native_fields(model: Mapping[str, Any]) -> dict[str, Any]:
     return {key: as_tuples(value) for key, value in model.items()}
 
 
-def microsoft_facts(raw: Mapping[str, Tensor], config: Any, patch_size: int, depths: Sequence[int]) -> Facts:
+def microsoft_facts(raw: Mapping[str, Tensor], config: Any, patch_size: int, num_stages: int) -> Facts:
     """From the configuration that its trainer saves, else from the tables that its model keeps."""
     try:
         swin = config["MODEL"]["SWINV2"]
@@ -71,21 +96,17 @@ def microsoft_facts(raw: Mapping[str, Tensor], config: Any, patch_size: int, dep
         windows = tuple(as_tuples(size) for size in swin["PRETRAINED_WINDOW_SIZES"])
         return Facts(fields | ({"pretrained_window_sizes": windows} if any(windows) else {}))
     except (KeyError, TypeError):
-        return Facts(_microsoft_tables(raw, patch_size, depths))
-
-
-def torchvision_facts(raw: Mapping[str, Tensor], depths: Sequence[int]) -> Facts:
-    """From the tables of offsets; the image size is nowhere."""
-    return Facts(_table_fields(raw, [f"features.{2 * stage + 1}.0.attn." for stage in range(len(depths))]))
-
-
-def _microsoft_tables(raw: Mapping[str, Tensor], patch_size: int, depths: Sequence[int]) -> dict[str, Any]:
-    fields = _table_fields(raw, [f"layers.{stage}.blocks.0.attn." for stage in range(len(depths))])
-    if fields and depths[0] > 1:
-        # One mask a window; none where the first map is a single window.
+        fields = _table_fields(raw, [f"layers.{stage}.blocks.0.attn." for stage in range(num_stages)])
+        # A mask for every window; none is kept where the first map is a single window, nor by some trainers.
         mask = raw.get("layers.0.blocks.1.attn_mask")
-        fields["image_size"] = (math.isqrt(len(mask)) if mask is not None else 1) * fields["window_size"] * patch_size
-    return fields
+        if fields and mask is not None and isinstance(fields["window_size"], int):
+            fields["image_size"] = math.isqrt(len(mask)) * fields["window_size"] * patch_size
+        return Facts(fields)
+
+
+def torchvision_facts(raw: Mapping[str, Tensor], num_stages: int) -> Facts:
+    """From the tables of offsets; the image size is nowhere."""
+    return Facts(_table_fields(raw, [f"features.{2 * stage + 1}.0.attn." for stage in range(num_stages)]))
 
 
 def _table_fields(raw: Mapping[str, Tensor], stages: Sequence[str]) -> dict[str, Any]:
@@ -93,27 +114,49 @@ def _table_fields(raw: Mapping[str, Tensor], stages: Sequence[str]) -> dict[str,
     windows, pretrained = [], []
     for prefix in stages:
         table = raw.get(f"{prefix}relative_coords_table")
-        if table is None:
+        if table is None or table.ndim != 4 or table.shape[-1] != 2 or not table.numel() or not table.isfinite().all():
             return {}
-        window = (table.shape[1] + 1) // 2
+        window = ((table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2)
         windows.append(window)
-        # Offsets run to log2(8 * (window - 1) / (pretrained - 1) + 1) / 3.
-        largest = (2 ** (3 * float(table.max())) - 1) / 8
-        pretrained.append(round((window - 1) / largest) + 1 if window > 1 and largest > 0 else 1)
-    return {"window_size": max(windows), "pretrained_window_sizes": tuple(pretrained)}
+        # Offsets run to log2(8 * (window - 1) / (pretrained - 1) + 1) / 3 on each axis.
+        largest = [(2 ** (3 * float(table[..., axis].max())) - 1) / 8 for axis in (0, 1)]
+        pretrained.append(
+            tuple(
+                round((length - 1) / high) + 1 if length > 1 and high > 0 else 1
+                for length, high in zip(window, largest, strict=True)
+            )
+        )
+    return {"window_size": _number(max(windows)), "pretrained_window_sizes": tuple(map(_number, pretrained))}
 
 
-def timm_fields(architecture: str) -> dict[str, Any]:
-    """From a timm name like ``swinv2_base_window12to24_192to384``; the released ...to... models began at 192/12."""
-    match = re.search(r"^swinv2_\w*?window(\d+)(to(\d+))?_(\d+)(to(\d+))?", architecture)
-    if not match:
-        return {}
-    fields: dict[str, Any] = {"window_size": int(match[3] or match[1]), "image_size": int(match[6] or match[4])}
-    first = ModelConfig.model_validate({"image_size": int(match[4]), "window_size": int(match[1])}).settled
-    return fields | {"pretrained_window_sizes": first.pretrained_window_sizes}
+def _number(size: geometry.Size) -> int | geometry.Size:
+    """One number for a square."""
+    return size[0] if len({*size}) == 1 else size
 
 
-def _extra_norm_fields(shapes: Mapping[str, Sequence[int]], depths: Sequence[int]) -> dict[str, Any]:
+def timm_fields(config: Mapping[str, Any], num_stages: int) -> dict[str, Any]:
+    """From a hub folder's config.json: its name, like ``swinv2_base_window12to24_192to384``, and what overrides that.
+
+    The released ...to... models began at 192/12, which their names say.
+    """
+    match = re.search(r"^swinv2_\w*?window(\d+)(to(\d+))?_(\d+)(to(\d+))?", str(config.get("architecture", "")))
+    said = config.get("model_args")
+    said = said if isinstance(said, dict) else {}
+    fields: dict[str, Any] = {}
+    if match:
+        fields = {"window_size": int(match[3] or match[1]), "image_size": int(match[6] or match[4])}
+        if match[2]:
+            maps = geometry.stage_maps((int(match[4]),), 4, num_stages)
+            fields["pretrained_window_sizes"] = tuple(min(int(match[1]), size[0]) for size in maps)
+    names = {
+        "img_size": "image_size",
+        "window_size": "window_size",
+        "pretrained_window_sizes": "pretrained_window_sizes",
+    }
+    return fields | {ours: as_tuples(said[theirs]) for theirs, ours in names.items() if theirs in said}
+
+
+def _extra_norm_fields(shapes: Mapping[str, Sequence[int]], depths: Sequence[int], where: str) -> dict[str, Any]:
     """Every how many blocks there is a norm on the main branch."""
     places = [(i, j) for i, depth in enumerate(depths) for j in range(depth)]
     found = [place for place in places if f"layers.{place[0]}.blocks.{place[1]}.norm3.weight" in shapes]
@@ -125,7 +168,7 @@ def _extra_norm_fields(shapes: Mapping[str, Sequence[int]], depths: Sequence[int
             config = ModelConfig.model_validate(shape)
             if [place for place in places if config.has_extra_norm(*place)] == found:
                 return {"extra_norm_every": every, "extra_norm_counter": counter}
-    raise WeightsError(f"norms on the main branch (norm3) stand after blocks {found}, which no regular counting gives")
+    raise WeightsError(f"{where}: norms on the main branch (norm3) after blocks {found}, which no counting gives")
 
 
 def as_tuples(value: Any) -> Any:

@@ -12,48 +12,58 @@ from swinv2_scale.weights.facts import Facts, as_tuples
 _BICUBIC = 3
 
 
-def facts_of_json(config: Mapping[str, Any], preprocessor: Mapping[str, Any], where: str) -> Facts:
+def facts_of_json(
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any], shapes: Mapping[str, Any], where: str
+) -> Facts:
     """config.json, and preprocessor_config.json where there is one.
 
+    Args:
+        shapes: the fields of ModelConfig that the tensors' shapes fix.
+
     Raises:
-        WeightsError: another model, or a Swin V2 with an option that this project doesn't have.
+        WeightsError: another model, an option that Swin V2 as published doesn't have, or not what the tensors are.
     """
-    if config.get("model_type") != "swinv2":
-        raise WeightsError(f"{where}: config.json is of a {config.get('model_type')!r}, not of a swinv2")
-    fixed = {"hidden_act": "gelu", "use_absolute_embeddings": False, "qkv_bias": True, "layer_norm_eps": 1e-5}
+    fixed = {"model_type": "swinv2", "hidden_act": "gelu", "use_absolute_embeddings": False, "qkv_bias": True}
+    fixed |= {"layer_norm_eps": 1e-5, **{key: shapes[key] for key in ("embed_dim", "depths", "num_heads")}}
     for key, needed in fixed.items():
-        if config.get(key, needed) != needed:
-            raise WeightsError(f"{where}: {key} is {config[key]!r} in config.json; Swin V2 as published has {needed!r}")
+        found = as_tuples(config.get(key, None if key == "model_type" else needed))
+        if found != needed:
+            raise WeightsError(
+                f"{where}: {key} is {found!r} in config.json, these tensors are of a Swin V2 with {needed!r}",
+                "give the config.json of these weights",
+            )
     try:
-        windows = [as_tuples(size) for size in config.get("pretrained_window_sizes") or []]
-        fields = {
-            "image_size": as_tuples(config["image_size"]),
-            "window_size": as_tuples(config["window_size"]),
-            "drop_path_rate": config.get("drop_path_rate", 0.0),
-        }
-    except KeyError as error:
-        raise WeightsError(f"{where}: config.json lacks {error}") from None
-    if any(windows):
-        fields["pretrained_window_sizes"] = tuple(windows)
-    names = config.get("id2label") or {}
-    labels = tuple(str(names[key]) for key in sorted(names, key=int))
+        windows = as_tuples(config.get("pretrained_window_sizes") or [])
+        fields = {key: as_tuples(config[key]) for key in ("image_size", "window_size")}
+        names = config.get("id2label") or {}
+        labels = tuple(str(names[key]) for key in sorted(names, key=int))
+        mean, std = (_of_channels(preprocessor.get(key), shapes["in_channels"]) for key in ("image_mean", "image_std"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        keys = "image_size, window_size, pretrained_window_sizes, id2label; image_mean, image_std"
+        raise WeightsError(f"{where}: config.json and preprocessor_config.json ({keys}): {error!r}") from None
+    fields |= {"drop_path_rate": config.get("drop_path_rate", 0.0)}
+    if windows and (not isinstance(windows, tuple) or any(windows)):
+        fields["pretrained_window_sizes"] = windows
     has_names = any(label != f"LABEL_{number}" for number, label in enumerate(labels))
-    mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
-    return Facts(
-        fields, tuple(mean) if mean else None, tuple(std) if std else None, labels if has_names and labels else None
-    )
+    return Facts(fields, mean, std, labels if has_names else None)
 
 
-def config_json(config: ModelConfig, facts: Facts, architecture: str) -> dict[str, Any]:
+def _of_channels(value: Any, in_channels: int) -> tuple[float, ...] | None:
+    """One number for all channels, or one each."""
+    if value is None:
+        return None
+    return tuple(float(v) for v in value) if isinstance(value, list) else (float(value),) * in_channels
+
+
+def config_json(config: ModelConfig, facts: Facts, architecture: str, dtype: str) -> dict[str, Any]:
     """config.json for one of Hugging Face's classes.
 
     Args:
         config: square, with settled pretrained windows.
         architecture: Swinv2Model, Swinv2ForImageClassification or Swinv2ForMaskedImageModeling.
+        dtype: of the tensors; its loader casts to it.
     """
-    names = facts.labels or ()
-    if len(names) != config.num_classes:
-        names = tuple(f"LABEL_{number}" for number in range(config.num_classes))
+    names = facts.labels or tuple(f"LABEL_{number}" for number in range(config.num_classes))
     classes: dict[str, Any] = {
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
@@ -61,7 +71,7 @@ def config_json(config: ModelConfig, facts: Facts, architecture: str) -> dict[st
     return {
         "architectures": [architecture],
         "model_type": "swinv2",
-        "dtype": "float32",
+        "dtype": dtype,
         "image_size": config.image_shape[0],
         "patch_size": config.patch_size,
         "num_channels": config.in_channels,
@@ -99,23 +109,3 @@ def preprocessor_json(config: ModelConfig, facts: Facts) -> dict[str, Any]:
         "image_mean": list(mean),
         "image_std": list(std),
     }
-
-
-def why_not(config: ModelConfig) -> str:
-    """Why Hugging Face's model can't compute this one's numbers at its image size; empty where it can."""
-    if len(set(config.image_shape)) > 1 or len(set(config.window_shape)) > 1:
-        return (
-            f"image {config.image_size} with window {config.window_size} isn't square, and its code takes the window "
-            "and the shift of both axes from the height"
-        )
-    if any(isinstance(size, tuple) for size in config.pretrained_window_sizes or ()):
-        return f"pretrained windows {config.pretrained_window_sizes} aren't square"
-    for stage, (map_size, window) in enumerate(zip(config.stage_maps, config.stage_windows, strict=True)):
-        if map_size[0] == 1 or (config.pretrained_window_sizes or ())[stage] == 1:
-            return f"stage {stage} has a map or a pretrained window of one token, where its code divides by zero"
-        if map_size[0] % window[0]:
-            return (
-                f"stage {stage}'s map of {map_size[0]} doesn't divide into windows of {window[0]}, and its code lets "
-                "tokens attend to the padding"
-            )
-    return ""

@@ -83,6 +83,7 @@ _LANDMARKS: dict[Format, str] = {
     "timm": "head.fc.weight",
     "microsoft": "patch_embed.proj.weight",
 }
+_WRAPPERS, _PATCH = ("_orig_mod.", "module.", "model.", "backbone.", "encoder."), "patch_embed"
 _BLOCK: dict[Format, str] = {
     "native": r"layers\.(\d+)\.blocks\.(\d+)\.",
     "microsoft": r"layers\.(\d+)\.blocks\.(\d+)\.",
@@ -119,10 +120,9 @@ def normalise(names: Iterable[str]) -> dict[str, str]:
     """Each name of a file -> the same without wrappers' prefixes, and with today's word for the bias MLP."""
     names = list(names)
     renamed = dict(zip(names, names, strict=True))
-    for wrapper in ("_orig_mod.", "module.", "model.", "backbone.", "encoder."):
-        # SimMIM's encoder stands beside its decoder, so not every name has the prefix.
-        if any(name.startswith(wrapper) and "patch_embed" in name for name in renamed.values()):
-            renamed = {name: new.removeprefix(wrapper) for name, new in renamed.items()}
+    # SimMIM's encoder stands beside its decoder, so not every name has the prefix; wrappers can stand inside wrappers.
+    while wrapper := next((w for w in _WRAPPERS if any(n.startswith(w) and _PATCH in n for n in renamed.values())), ""):
+        renamed = {name: new.removeprefix(wrapper) for name, new in renamed.items()}
     if "embeddings.patch_embeddings.projection.weight" in renamed.values():  # a bare Swinv2Model
         renamed = {
             name: new if new.startswith(("classifier.", "decoder.")) else f"swinv2.{new}"
@@ -137,8 +137,8 @@ def detect(names: Iterable[str]) -> Format | None:
     timm and Microsoft differ in the merging's place and the head's name alone.
     """
     present = set(names)
-    if not any(name.endswith(".logit_scale") for name in present):
-        return None
+    if not any(name.endswith(".logit_scale") for name in present) or any("meta_mlp" in name for name in present):
+        return None  # timm's swinv2_cr has the names of a Swin V2, and other bias MLPs
     for style in ("hf", "torchvision", "timm"):
         if _LANDMARKS[style] in present:
             return style
@@ -184,11 +184,6 @@ def seems_to_be(names: Iterable[str]) -> str:
     if any_has("logit_scale"):
         return "a part of a Swin V2, or one whose names were changed"
     return "no Swin Transformer"
-
-
-def present_rules(found: Mapping[str, object] | set[str], table: Iterable[Rule]) -> list[Rule]:
-    """The rules whose tensors, all of ours, are there."""
-    return [rule for rule in table if all(name in found for name in rule.ours)]
 
 
 def _rows(row: tuple[str | None, ...], style: Format, place: Mapping[str, int] | None = None) -> list[Rule]:

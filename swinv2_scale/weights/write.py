@@ -5,11 +5,12 @@ A file appears under its name when it is whole; what a format can't hold is refu
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.errors import OutputError, WeightsError
 from swinv2_scale.weights import hugging_face
-from swinv2_scale.weights.names import FORMAT_NAMES, Format, Rule, rules
+from swinv2_scale.weights.names import FORMAT_NAMES, FORMATS, Format, Rule, rules
 from swinv2_scale.weights.read import METADATA_KEY, Weights
 
 #: Hugging Face cuts larger models into files of this size.
@@ -78,6 +79,9 @@ def write_weights(weights: Weights, path: Path, style: Format, **fields: Any) ->
         WeightsError: the format can't hold this model; says why.
         OutputError: it can't be written, or something is there already.
     """
+    if style not in FORMATS:
+        raise WeightsError(f"no format is called {style!r}", f"one of: {', '.join(FORMATS)}")
+    _check_name(path, style)
     config = weights.config(**fields) if style != "timm" or _is_known(weights, fields) else None
     _refuse(weights, config, style)
     entries, left_out = _entries(weights, style)
@@ -85,20 +89,29 @@ def write_weights(weights: Weights, path: Path, style: Format, **fields: Any) ->
         assert config is not None
         _write_folder(path, entries, weights, config)
         return left_out
-    if path.suffix not in (".safetensors", ".pth"):
-        raise WeightsError(
-            f"{path}: {FORMAT_NAMES[style]}'s weights are one file", "name one that ends with .safetensors or .pth"
-        )
     if style == "torchvision":
         assert config is not None
         entries += _torchvision_tables(config)
-    about = json.dumps(_about(weights, config)) if config else None
+    about = json.dumps(_about(weights, config, style)) if config else None
     with _appearing(path) as part:
         if path.suffix == ".safetensors":
             _write_safetensors(part, entries, {"format": "pt", **({METADATA_KEY: about} if about else {})})
         else:
             _write_pickle(part, entries, _beside(style, config, about))
+    if style == "timm" and config:
+        left_out += (
+            f"timm's files don't say the geometry: give create_model img_size={config.image_size}, window_size="
+            f"{config.window_size}, pretrained_window_sizes={config.pretrained_window_sizes}",
+        )
     return left_out
+
+
+def _check_name(path: Path, style: Format) -> None:
+    is_file = path.suffix in (".safetensors", ".pth")
+    if not path.name or is_file == (style == "hf"):
+        what = "a folder" if style == "hf" else "one file"
+        how = "a folder, without a suffix" if style == "hf" else "a file that ends with .safetensors or .pth"
+        raise WeightsError(f"{str(path)!r}: {FORMAT_NAMES[style]}'s weights are {what}", f"name {how}")
 
 
 def _is_known(weights: Weights, fields: Mapping[str, Any]) -> bool:
@@ -114,20 +127,40 @@ def _refuse(weights: Weights, config: ModelConfig | None, style: Format) -> None
             f"its model has no norm on the main branch, this one has {len(norms)} ({norms[0]}, ..); left out, they "
             "would make another model"
         )
-    elif style == "hf" and config is not None:
-        reason = hugging_face.why_not(config)
-    elif style == "torchvision" and config is not None:
-        windows = config.window_shape
-        if any(stage != windows for stage in config.stage_pretrained_windows):
-            reason = (
-                f"it divides offsets by its own window ({windows[0]}) less one in every stage, this model was "
-                f"pre-trained with {list(config.pretrained_window_sizes or ())}"
-            )
-    elif style == "microsoft" and "decoder.0.weight" in weights.metas and config and config.in_channels != 3:
-        reason = f"its pixel head predicts 3 channels, this one {config.in_channels}"
+    elif style != "native" and config is not None:
+        reason = _geometry_problem(config, style)
+    if style == "microsoft" and "decoder.0.weight" in weights.metas and weights.shape_fields["in_channels"] != 3:
+        reason = "its pixel head predicts 3 channels whatever the images have"
+    names, num_classes = weights.facts.labels, weights.shape_fields["num_classes"]
+    if names and num_classes and len(names) != num_classes:
+        raise WeightsError(f"{len(names)} class names are given for {num_classes} classes", "give one for each")
     if reason:
         others = "native holds everything" if norms else "native holds everything; or export at another image size"
         raise WeightsError(f"{FORMAT_NAMES[style]}'s format can't hold this model: {reason}", others)
+
+
+def _geometry_problem(config: ModelConfig, style: Format) -> str:
+    """Why a format's own model can't compute this one's numbers at its image size; empty where it can."""
+    image, window, pretrained = config.image_shape, config.window_shape, config.stage_pretrained_windows
+    if style in ("hf", "microsoft") and len({*image}) + len({*window}) + max(len({*size}) for size in pretrained) > 3:
+        return (
+            f"image {config.image_size}, window {config.window_size} and pretrained windows "
+            f"{config.pretrained_window_sizes} aren't all square, and its code decides by one side"
+        )
+    if style == "torchvision" and any(size != window for size in pretrained):
+        return (
+            f"it divides offsets by its own window ({config.window_size}) less one in every stage, this model was "
+            f"pre-trained with {list(config.pretrained_window_sizes or ())}"
+        )
+    for stage, (map_size, used) in enumerate(zip(config.stage_maps, config.stage_windows, strict=True)):
+        if style in ("hf", "microsoft") and 1 in (*map_size, *pretrained[stage]):
+            return f"stage {stage} has a map or a pretrained window of one token, where its code divides by zero"
+        if any(length % w for length, w in zip(map_size, used, strict=True)):
+            return (
+                f"stage {stage}'s map {map_size} doesn't divide into windows of {used}, and its code fails there or "
+                "lets tokens attend to padding"
+            )
+    return ""
 
 
 def _entries(weights: Weights, style: Format) -> tuple[list[_Entry], tuple[str, ...]]:
@@ -158,9 +191,10 @@ def _final_name(name: str, style: Format, is_pretraining: bool, weights: Weights
     return name
 
 
-def _about(weights: Weights, config: ModelConfig) -> dict[str, Any]:
+def _about(weights: Weights, config: ModelConfig, style: Format) -> dict[str, Any]:
     facts = weights.facts
     return {
+        "format": style,
         "model": config.model_dump(exclude={"attention"}),
         "pixel_mean": facts.pixel_mean,
         "pixel_std": facts.pixel_std,
@@ -173,6 +207,7 @@ def _write_folder(path: Path, entries: list[_Entry], weights: Weights, config: M
     names = {entry.name for entry in entries}
     kind = "ForMaskedImageModeling" if "decoder.0.weight" in names else "Model"
     architecture = "Swinv2" + ("ForImageClassification" if "classifier.weight" in names else kind)
+    dtype = str(entries[0].meta.dtype).removeprefix("torch.")
     shards: list[list[_Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.num_bytes for e in shards[-1]) + entry.num_bytes > SHARD_BYTES:
@@ -180,7 +215,7 @@ def _write_folder(path: Path, entries: list[_Entry], weights: Weights, config: M
         shards[-1].append(entry)
     with _appearing(path) as part:
         part.mkdir()
-        _write_json(part / "config.json", hugging_face.config_json(config, weights.facts, architecture))
+        _write_json(part / "config.json", hugging_face.config_json(config, weights.facts, architecture, dtype))
         _write_json(part / "preprocessor_config.json", hugging_face.preprocessor_json(config, weights.facts))
         places: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
@@ -204,7 +239,8 @@ def _write_safetensors(path: Path, entries: list[_Entry], metadata: dict[str, st
     for entry in entries:
         kind = _SAFETENSORS_TYPES.get(entry.meta.dtype)
         if kind is None:
-            raise WeightsError(f"{entry.name} is {entry.meta.dtype}, weights are floating point")
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _SAFETENSORS_TYPES)
+            raise WeightsError(f"{entry.name} is {entry.meta.dtype}; these can be written: {known}")
         ends = [offset, offset + entry.num_bytes]
         header[entry.name] = {"dtype": kind, "shape": list(entry.meta.shape), "data_offsets": ends}
         offset = ends[1]
@@ -274,27 +310,25 @@ def _torchvision_tables(config: ModelConfig) -> list[_Entry]:
     return entries
 
 
-@contextmanager
+@contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
     """A name to write under; what is written there appears as ``path`` if nothing fails, and is deleted otherwise."""
-    part = path.with_name(f".part-{path.name}")
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         if path.exists():
             raise OutputError(f"{path} is there already; nothing is overwritten", "name another, or delete it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        _delete(part)
         yield part
         part.rename(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OutputError(f"{path} can't be written: {error}", "free space, or name another place") from error
+        raise OutputError(f"{path} can't be written: {error}", "make room there, or name another place") from error
     finally:
         _delete(part)
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    shutil.rmtree(path, ignore_errors=True)  # leaves a file as it is
+    with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
 
 
