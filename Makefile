@@ -32,7 +32,7 @@ pretrain: setup
 	$(BIN)/deepspeed -q --num_gpus $(PROCESSES) launch/pretrain.py --config configs/quickstart/simmim.yaml $(ARGS)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -210,7 +211,7 @@ def test_two_jobs_in_one_run_directory(config: Path, tmp_path: Path) -> None:
         assert first.ranks[0].poll() is None, first.wait().output
     second = pretrain(*arguments)
     assert_refused(second, 73, "is in use by pid", "choose another --run-dir")
-    first.ranks[0].terminate()
+    first.ranks[0].send_signal(signal.SIGTERM)
     stopped = first.wait()
     assert stopped.code == 85, stopped.output
 

@@ -16,6 +16,7 @@ CASES = {
     "pretrained windows set": Case((64, 64), 8, (2, 2, 2), (2, 4, 8), 32, pretrained=(6, 6, 3)),
 }
 
+
 def local_target(pixels: Tensor, window: int) -> Tensor:
     """Each pixel less the mean and over the deviation (unbiased) of its window's part inside the image, one by one."""
     reach = window // 2

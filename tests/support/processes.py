@@ -1,13 +1,18 @@
-"""Start the ranks of a job as plain processes: what a launcher does, without its seconds of imports."""
+"""Start the ranks of a job as processes: what a launcher does, without its seconds of imports, nor each rank's."""
 
 from __future__ import annotations
 
+import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,23 +38,88 @@ class Finished:
         return self.codes[0]
 
 
+class Zygote:
+    """The process that ranks are forked from (zygote.py), as the tests see it."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, str(REPOSITORY / "tests" / "support" / "zygote.py")]
+        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._pending = b""
+        self._started: list[int] = []
+        self.codes: dict[int, int] = {}  # exit codes of ranks that have ended
+
+    def fork(self, **rank: object) -> int:
+        """The process id of a new rank."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(rank).encode() + b"\n")
+        self._process.stdin.flush()
+        end = time.monotonic() + DEADLINE_S
+        while not self._started:
+            assert time.monotonic() < end, "no rank could be forked"
+            self.listen(1.0)
+        return self._started.pop()
+
+    def listen(self, timeout_s: float) -> None:
+        """Take in what the process has said, waiting for it at most so long."""
+        assert self._process.stdout is not None
+        handle = self._process.stdout.fileno()
+        if not select.select([handle], [], [], timeout_s)[0]:
+            return
+        received = os.read(handle, 65536)
+        assert received, f"the zygote ended with {self._process.wait()}"
+        *lines, self._pending = (self._pending + received).split(b"\n")
+        for words in (line.decode().split() for line in lines):
+            if words[0] == "started":
+                self._started.append(int(words[1]))
+            elif words[0] == "ended":
+                self.codes[int(words[1])] = int(words[2])
+
+
+@lru_cache(maxsize=1)
+def zygote() -> Zygote:
+    return Zygote()
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One running process."""
+
+    pid: int
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.pid not in zygote().codes:
+            zygote().listen(0)
+        return zygote().codes.get(self.pid)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
 @dataclass
 class Job:
     """The running ranks of a job."""
 
-    ranks: list[subprocess.Popen[str]]
+    ranks: list[Rank]
 
     def wait(self) -> Finished:
         """All ranks to their end; kills them at the deadline and fails."""
         end = time.monotonic() + DEADLINE_S
-        try:
-            outputs = [rank.communicate(timeout=max(end - time.monotonic(), 1))[0] for rank in self.ranks]
-        except subprocess.TimeoutExpired:
-            for rank in self.ranks:
-                rank.kill()
-            outputs = [rank.communicate()[0] for rank in self.ranks]
-            raise AssertionError("deadline reached:\n" + "\n".join(outputs)) from None
-        return Finished([rank.returncode for rank in self.ranks], outputs)
+        while any(rank.poll() is None for rank in self.ranks):
+            zygote().listen(0.1)
+            if time.monotonic() > end:
+                for rank in self.ranks:
+                    rank.send_signal(signal.SIGKILL)
+                raise AssertionError("deadline reached:\n" + "\n".join(rank.output for rank in self.ranks))
+        codes = [code for rank in self.ranks if (code := rank.poll()) is not None]
+        return Finished(codes, [rank.output for rank in self.ranks])
 
 
 def start(script: Path, *arguments: object, processes: int = 1) -> Job:
@@ -57,22 +127,17 @@ def start(script: Path, *arguments: object, processes: int = 1) -> Job:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     port = _free_port()
+    logs = Path(tempfile.mkdtemp(prefix="ranks-"))
     ranks = []
     for rank in range(processes):
         if processes > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(script), *map(str, arguments)]
-        ranks.append(
-            subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        log = logs / f"rank-{rank}"
+        log.touch()
+        command = [str(script), *map(str, arguments)]
+        pid = zygote().fork(command=command, environment=environment, folder=str(REPOSITORY), output=str(log))
+        ranks.append(Rank(pid, log))
     return Job(ranks)
 
 
