@@ -10,6 +10,7 @@ import pytest
 
 from swinv2_scale import list_models
 from swinv2_scale.config.model import VARIANTS
+from tests.support.processes import REPOSITORY
 
 #: Runs the console command and says, on the error output, whether torch or numpy came in.
 CHILD = """
@@ -116,3 +117,8 @@ def test_an_unknown_option_is_a_usage_error():
     assert result.returncode == 78
     assert "--jsn" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_readme_shows_what_is_printed(piped):
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    assert [line.rstrip() for line in piped.stdout.splitlines() if line.rstrip() not in readme] == []
