@@ -62,14 +62,23 @@ def add_commands(commands: Any) -> None:
     predict = commands.add_parser("predict", help="classify images: the likeliest classes, and a picture")
     predict.add_argument("weights", type=Path, help="a model with a class head: any format, a run, or a checkpoint")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="jpg, png or webp, or a folder of them")
-    predict.add_argument("--top-k", type=int, default=5, metavar="K")
+    predict.add_argument("--top-k", type=_positive, default=5, metavar="K")
     predict.add_argument(
         "--labels", type=Path, metavar="FILE", help="class names, one a line, if the weights lack them"
     )
-    predict.add_argument("--picture", type=Path, default=Path("predictions.png"), metavar="PNG")
+    predict.add_argument(
+        "--picture", type=Path, default=Path("predictions.png"), metavar="PNG", help="where it is drawn (replaced)"
+    )
     predict.add_argument("--json", action="store_true", help="for scripts")
     _add_fields(predict)
     predict.set_defaults(run=_predict)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
 
 
 def _add_destination(parser: argparse.ArgumentParser, option: str) -> None:
@@ -82,7 +91,7 @@ def _add_destination(parser: argparse.ArgumentParser, option: str) -> None:
 
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:
-    words = "of the model, where the weights don't say: image_size=256 window_size=8"
+    words = "of the model, after the files: image_size=256 window_size=8, for another size or where weights don't say"
     parser.add_argument("--set", dest="fields", nargs="+", action="extend", default=[], metavar="key=value", help=words)
 
 
@@ -170,13 +179,16 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     paths = find_images(arguments.images)
     classifier = Classifier(_open(arguments.weights), arguments.labels, **_model_fields(arguments.fields))
-    found = [classifier.predict(path, arguments.top_k) for path in paths]
+    found = []
+    for path in paths:
+        prediction = classifier.predict(path, arguments.top_k)
+        found.append(prediction)
+        if not arguments.json:
+            print(prediction.path)
+            for name, probability in prediction.top:
+                print(f"  {probability:6.1%}  {name}")
     if arguments.json:
         print(json.dumps([{"image": str(p.path), "top": p.top} for p in found], indent=2))
-    for prediction in found if not arguments.json else []:
-        print(prediction.path)
-        for name, probability in prediction.top:
-            print(f"  {probability:6.1%}  {name}")
     draw_predictions(found, arguments.picture)
     if not arguments.json:
         print(f"picture: {arguments.picture}")

@@ -38,6 +38,7 @@ _RESUME_POLICY: dict[str, ResumePolicy] = {
     "engine.prefetch_bucket_elements": "free",
     "engine.param_persistence_elements": "free",
     "engine.max_live_elements": "free",
+    "init_from": "free",  # a run with a checkpoint doesn't read it
     "checkpoint": "free",
     "evaluation": "free",
     "logging": "free",

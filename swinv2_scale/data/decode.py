@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from swinv2_scale.data.reader import Record
 from swinv2_scale.errors import DataError
@@ -15,8 +15,11 @@ from swinv2_scale.errors import DataError
 IMAGE_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
-def decode_image(record: Record, channels: int) -> Image.Image:
+def decode_image(record: Record, channels: int, upright: bool = False) -> Image.Image:
     """The record's image as ``L`` (one channel) or ``RGB`` (three).
+
+    Args:
+        upright: turn it as the camera noted; training takes pixels as they are stored, as everybody's does.
 
     Raises:
         DataError: no image, or one that doesn't decode; names the sample and the cause.
@@ -28,7 +31,8 @@ def decode_image(record: Record, channels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(record.files[extension]), formats=[IMAGE_FORMATS[extension]])
+            stored = Image.open(io.BytesIO(record.files[extension]), formats=[IMAGE_FORMATS[extension]])
+            image = ImageOps.exif_transpose(stored) if upright else stored
             return _eight_bits(image).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow raises a dozen types on damaged files; all mean the same here
         raise DataError(f"sample {record.name}: {extension} doesn't decode: {error}") from error

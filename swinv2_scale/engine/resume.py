@@ -51,8 +51,13 @@ def find_checkpoint(
         )
     state, facts = dist.on_rank_zero(lambda: checkpoint.read_state(found), f"reading {found.path}")
     windows = as_tuples(facts["config"].get("model.pretrained_window_sizes"))
-    if windows and not any(loaded.config.model.pretrained_window_sizes or ()):
+    if windows:
+        asked = loaded.config.model
+        if any(asked.pretrained_window_sizes or ()):
+            windows = asked.settled.pretrained_window_sizes
         loaded = loaded.with_value(("model", "pretrained_window_sizes"), windows, "settled when the run began")
+    if loaded.config.init_from:
+        log().info("init_from is not read: this run goes on from its own checkpoint")
     _compare_runs(facts, loaded.config, train, directory)
     log().info("resuming from %s: step %d, every file verified", found.path, found.step)
     return found, state, loaded

@@ -14,6 +14,7 @@ from swinv2_scale.config.run import RunConfig
 from swinv2_scale.engine import checkpoint, zero
 from swinv2_scale.engine.consolidate import MasterWeights
 from swinv2_scale.engine.run_dir import is_run_or_checkpoint
+from swinv2_scale.errors import ConfigError
 from swinv2_scale.models.initialise import initial_values
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import log
@@ -69,15 +70,29 @@ def settle(loaded: LoadedConfig, make_task: Callable[[RunConfig], Task]) -> tupl
     if config.init_from is None:
         return loaded.with_value(_WINDOWS, config.model.settled.pretrained_window_sizes, "image and window size"), None
 
-    def plan() -> Loading:
+    path, doing = Path(config.init_from).expanduser(), f"opening the weights {config.init_from}"
+    # Which checkpoint of a run is the newest whole one can change while ranks look.
+    step = dist.on_rank_zero(
+        lambda: checkpoint.open_run_or_checkpoint(path).path if is_run_or_checkpoint(path) else None, doing
+    )
+
+    def plan() -> tuple[Loading, str]:
         with torch.device("meta"):
             model = make_task(config).build_model()
         shapes = {name: tuple(shape) for name, shape in zero.full_shapes(model).items()}
-        return plan_loading(open_source(Path(str(config.init_from))), shapes, config.model)
+        weights = consolidated(checkpoint.read(step)) if step else open_weights(path)
+        loading = plan_loading(weights, shapes, config.model)
+        return loading, loading.fingerprint()
 
-    loading = dist.all_agree(plan, f"opening the weights {config.init_from}")
-    for line in str(loading.report).splitlines():
-        log().info("starting from %s", line) if line[0] != " " else log().info("%s", line)
+    loading, fingerprint = dist.all_agree(plan, doing)
+    everybody = dist.gather(fingerprint)
+    others = [rank for rank, theirs in enumerate(everybody) if theirs != everybody[0]]
+    if others:
+        raise ConfigError(
+            f"init_from {config.init_from} holds other weights for ranks {others} than for rank 0",
+            "give a path under which every node sees the same file",
+        )
+    log().info("starting from %s", loading.report)
     windows = loading.report.pretrained_window_sizes
     return loaded.with_value(_WINDOWS, windows, f"inherited from {config.init_from}"), loading
 

@@ -11,11 +11,13 @@ from torch import nn
 
 from swinv2_scale.config.model import VARIANTS, ModelConfig
 from swinv2_scale.config.rules import model_problems
-from swinv2_scale.errors import ConfigError
+from swinv2_scale.errors import ConfigError, ConfigProblem
 from swinv2_scale.models.backbone import SwinV2
 from swinv2_scale.models.initialise import initial_values
 
 _PREFIX = "swinv2_"
+#: What timm and others call it.
+_OTHER_NAMES = {"img_size": "image_size", "in_chans": "in_channels", "num_channels": "in_channels", "variant": ""}
 
 
 def list_models() -> list[str]:
@@ -38,11 +40,19 @@ def create_model(name: str, *, seed: int = 0, **fields: Any) -> SwinV2:
         near = difflib.get_close_matches(name, list_models(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"no model {name!r}{hint}", f"one of: {', '.join(list_models())}")
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    unknown = [key for key in fields if key not in ModelConfig.model_fields or key == "variant"]
+    if unknown:
+        raise ConfigError(
+            f"{name} cannot be built:",
+            f"fields are: {', '.join(key for key in ModelConfig.model_fields if key != 'variant')}",
+            tuple(ConfigProblem(key, "no such field", suggestion=_nearest(key)) for key in unknown),
+        )
     try:
-        config = ModelConfig.model_validate({**fields, "variant": name.removeprefix(_PREFIX)})
+        config = ModelConfig.model_validate({**_tuples(fields), "variant": name.removeprefix(_PREFIX)})
     except ValidationError as error:
-        raise ConfigError(f"{name} cannot be built: {error}") from None
+        found = error.errors(include_url=False)
+        problems = [ConfigProblem(".".join(map(str, e["loc"])), f"{e['input']!r}: {e['msg']}") for e in found]
+        raise ConfigError(f"{name} cannot be built:", problems=tuple(problems)) from None
     problems = model_problems(config)
     if problems:
         raise ConfigError(f"{name} cannot be built:", problems=tuple(problems))
@@ -50,6 +60,18 @@ def create_model(name: str, *, seed: int = 0, **fields: Any) -> SwinV2:
     if not any(parameter.is_meta for parameter in model.parameters()):
         initialise(model, seed)
     return model
+
+
+def _nearest(key: str) -> str:
+    near = difflib.get_close_matches(key, ModelConfig.model_fields, 1)
+    return _OTHER_NAMES.get(key) or (near[0] if near else "")
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of any depth as tuples, which configurations are made of."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 @torch.no_grad()

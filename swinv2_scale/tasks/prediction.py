@@ -17,8 +17,9 @@ from swinv2_scale.models.backbone import SwinV2
 from swinv2_scale.weights.api import load_into
 from swinv2_scale.weights.read import Weights
 
-#: Everybody evaluates at 256 px after cutting 224 out: seven eighths of each side.
+#: ImageNet's usual evaluation crop, 224 of 256: seven eighths of each side of the central square.
 _CROP_SHARE = 0.875
+_MOST_DRAWN = 100
 _THUMBNAIL, _ROW, _GAP, _TEXT_WIDTH = 160, 22, 12, 420
 
 
@@ -27,7 +28,7 @@ class Prediction:
     """One image and its likeliest classes, best first."""
 
     path: Path
-    image: Image.Image
+    thumbnail: Image.Image
     top: tuple[tuple[str, float], ...]  # (class name, probability)
 
 
@@ -50,6 +51,10 @@ class Classifier:
                 f"{weights.where} has no class head: it can't tell classes apart",
                 "give weights that were trained or fine-tuned with labels",
             )
+        if config.in_channels not in (1, 3):
+            raise ConfigError(
+                f"{weights.where} reads {config.in_channels} channels; images have 1 (grey) or 3 (colour)"
+            )
         self.names = _class_names(labels, weights.facts.labels, config.num_classes)
         self.model = SwinV2(config).eval()
         load_into(self.model, weights)
@@ -69,12 +74,14 @@ class Classifier:
         except OSError as error:
             raise DataError(f"cannot read the image {path}: {error}", "check the path") from None
         record = Record(str(path), str(path), {path.suffix.lower().lstrip("."): content})
-        image = decode_image(record, config.in_channels)
-        pixels = torch.from_numpy(to_array(central_resized_crop(image, config.image_shape, "bicubic", _CROP_SHARE)))
+        image = decode_image(record, config.in_channels, upright=True)
+        pixels = torch.tensor(to_array(central_resized_crop(image, config.image_shape, "bicubic", _CROP_SHARE)))
         logits = self.model(((pixels / 255 - self._mean) / self._std)[None])[0]
         best = logits.softmax(-1).topk(min(top_k, len(self.names)))
         top = tuple((self.names[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True))
-        return Prediction(path, image, top)
+        thumbnail = image.convert("RGB")
+        thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        return Prediction(path, thumbnail, top)
 
 
 def find_images(paths: list[Path]) -> list[Path]:
@@ -94,18 +101,18 @@ def find_images(paths: list[Path]) -> list[Path]:
 
 
 def draw_predictions(predictions: list[Prediction], path: Path) -> None:
-    """Each image with a bar for each of its classes, one below the other, as a PNG.
+    """Each image with a bar for each of its classes, one below the other, as a PNG; the first hundred.
 
     Raises:
         OutputError: it can't be written.
     """
+    predictions = predictions[:_MOST_DRAWN]
     heights = [max(_THUMBNAIL, len(p.top) * _ROW) + _GAP for p in predictions]
     picture = Image.new("RGB", (_THUMBNAIL + _TEXT_WIDTH + 3 * _GAP, sum(heights) + _GAP), "white")
     pen = ImageDraw.Draw(picture)
     y = _GAP
     for prediction, height in zip(predictions, heights, strict=True):
-        thumbnail = prediction.image.convert("RGB")
-        thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        thumbnail = prediction.thumbnail
         picture.paste(thumbnail, (_GAP + (_THUMBNAIL - thumbnail.width) // 2, y))
         for number, (name, probability) in enumerate(prediction.top):
             left, top = _THUMBNAIL + 2 * _GAP, y + number * _ROW

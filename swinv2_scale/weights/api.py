@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,8 @@ class LoadReport:
     dropped: Mapping[str, str]
     pretrained_window_sizes: PretrainedWindows
     warnings: tuple[str, ...] = ()
+    #: Class names and normalisation that the file knows; save_weights(facts=) keeps them.
+    facts: Facts = field(default_factory=Facts)
 
     def __str__(self) -> str:
         counts = (
@@ -68,17 +71,30 @@ class Loading:
     _weights: Weights
     _head_rows: Tensor | None = None
 
-    def values(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in the model, whole tensor as the file has it), one at a time.
+    def fingerprint(self) -> str:
+        """Read all that will be used once; the same for the same bits, wherever they are read.
 
         Raises:
             WeightsError: a tensor holds NaN or infinity.
         """
+        digest = hashlib.sha256(str(self.report.pretrained_window_sizes).encode())
+        for name in (*self.report.loaded, *self.report.derived):
+            value = self._weights.tensor(name.removeprefix(BACKBONE)).contiguous()
+            if not bool(value.isfinite().all()):
+                raise WeightsError(f"{self._weights.where}: {name} holds NaN or infinity", "take an earlier checkpoint")
+            integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(value.itemsize, torch.uint8)
+            digest.update(f"{name} {value.view(integers).sum(dtype=torch.int64).item()}".encode())
+        return digest.hexdigest()
+
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in the model, whole tensor as the file has it), one at a time.
+
+        Raises:
+            WeightsError: the file can't be read any more.
+        """
         for name in (*self.report.loaded, *self.report.derived):
             key = name.removeprefix(BACKBONE)
             value = self._weights.tensor(key)
-            if not bool(value.isfinite().all()):
-                raise WeightsError(f"{self._weights.where}: {name} holds NaN or infinity", "take an earlier checkpoint")
             if key == "patch_embed.proj.weight" and value.shape[1] != self.config.in_channels:
                 value = adapt_channels(value, self.config.in_channels)
             elif self._head_rows is not None and key.startswith("head."):
@@ -101,8 +117,7 @@ def load_weights(
         What became of every tensor; print it.
 
     Raises:
-        WeightsError: damaged, unsafe, or another model; names the first differing keys. The model is unchanged, except
-            where a tensor turns out to hold NaN half-way.
+        WeightsError: damaged, unsafe, or another model; names the first differing keys. The model is unchanged then.
     """
     return load_into(model, open_weights(path), head=head, head_map=head_map)
 
@@ -111,14 +126,18 @@ def load_into(
     model: nn.Module, weights: Weights, *, head: Head = "auto", head_map: str | Path | None = None
 ) -> LoadReport:
     """load_weights for weights that are open already."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if head not in ("auto", "keep", "new"):
+        raise WeightsError(f"head={head!r} is none of auto, keep, new")
+    model, backbone = _parts(model)
     parameters = dict(model.named_parameters())
-    backbone: Any = getattr(model, BACKBONE.rstrip("."), model)
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise WeightsError("the model is on the meta device and has no values", 'first model.to_empty(device="cpu")')
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     config = backbone.config
     if not backbone.windows_are_given:  # those of weights that were loaded before don't count
         config = config.model_copy(update={"pretrained_window_sizes": None})
     loading = plan_loading(weights, shapes, config, head=head, head_map=head_map)
+    loading.fingerprint()
     with torch.no_grad():
         for name, value in loading.values():
             parameters[name].copy_(value)
@@ -134,7 +153,8 @@ def save_weights(
     Args:
         path: a folder for ``hf``, else a file ending with .safetensors or .pth.
         format: hf | timm | microsoft | torchvision | native.
-        facts: how its images are normalised, and its class names; ImageNet's mean and deviation where it is silent.
+        facts: how its images are normalised, and its class names: ``report.facts`` of load_weights keeps what a file
+            said. ImageNet's mean and deviation where it is silent.
 
     Returns:
         What was left out, as sentences; nothing that changes the numbers ever is.
@@ -143,9 +163,18 @@ def save_weights(
         WeightsError: the format can't hold this model; says why.
         OutputError: it can't be written, or something is there already.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    backbone: Any = getattr(model, BACKBONE.rstrip("."), model)
+    model, backbone = _parts(model)
     return write_weights(weights_of(model, backbone.config, facts or Facts()), Path(path), format)
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, Any]:
+    """A model without torch's wrappers around it, and its backbone."""
+    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
+        model = inner
+    backbone: Any = getattr(model, BACKBONE.rstrip("."), model)
+    if not isinstance(getattr(backbone, "config", None), ModelConfig):
+        raise WeightsError(f"a {type(model).__name__} is no model of create_model", "make one, and load into that")
+    return model, backbone
 
 
 def weights_of(model: nn.Module, config: ModelConfig, facts: Facts) -> Weights:
@@ -216,6 +245,7 @@ def plan_loading(
         {**weights.dropped, **unused, **replaced},
         config.pretrained_window_sizes or (),
         warnings,
+        weights.facts,
     )
     return Loading(report, config, weights, head_rows)
 
@@ -240,11 +270,10 @@ def _plan_head(
             raise WeightsError(f"a head map is given for {weights.where}, but {why}", "leave out head_map")
         rows = read_head_map(head_map, found[0], shape[0])
         return "derived", f"rows of {found[0]} classes picked by {head_map}", rows
-    if shape is not None and head == "keep" and found != shape:
-        theirs = "no head" if found is None else f"a head of {found[0]} classes"
+    if head == "keep" and (shape is None or found != shape):
+        theirs, ours = (f"a head of {s[0]} classes" if s else "no head" for s in (found, shape))
         raise WeightsError(
-            f"head='keep', but {weights.where} has {theirs}, the model one of {shape[0]}",
-            "use head='auto' or a head_map",
+            f"head='keep', but {weights.where} has {theirs}, the model {ours}", "use head='auto' or a head_map"
         )
     if head == "new" or found is None or shape is None:
         return "new", "a new head was asked for" if found else "the file has no head", None

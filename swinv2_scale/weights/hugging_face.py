@@ -52,7 +52,10 @@ def _of_channels(value: Any, in_channels: int) -> tuple[float, ...] | None:
     """One number for all channels, or one each."""
     if value is None:
         return None
-    return tuple(float(v) for v in value) if isinstance(value, list) else (float(value),) * in_channels
+    values = tuple(float(v) for v in value) if isinstance(value, list) else (float(value),) * in_channels
+    if len(values) != in_channels:
+        raise ValueError(f"{len(values)} numbers for {in_channels} channels")
+    return values
 
 
 def config_json(config: ModelConfig, facts: Facts, architecture: str, dtype: str) -> dict[str, Any]:

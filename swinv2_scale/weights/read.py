@@ -96,14 +96,21 @@ class Weights:
         if wrong:
             found = ", ".join(f"{key} is {shapes[key]}" for key in wrong)
             raise WeightsError(f"{self.where}: by its tensors' shapes {found}", f"leave out {', '.join(wrong)}")
-        known = {**self.model_fields, "pretrained_window_sizes": self.trained_windows, **fields}
-        lacking = [key for key in ("image_size", "window_size") if key not in known]
+        trained = self.trained_windows
+        known = {**self.model_fields, **({"pretrained_window_sizes": trained} if trained else {}), **fields}
+        lacking = [key for key in ("image_size", "window_size", "pretrained_window_sizes") if key not in known]
         if lacking:
+            own = list((0,) * len(shapes["depths"]))
             raise WeightsError(
-                f"{self.where} doesn't say with which {' and '.join(lacking)} its model is run",
-                f"say {' and '.join(f'{key}=NUMBER' for key in lacking)} (after --set on the command line)",
+                f"{self.where} doesn't say {', '.join(lacking)} of its model",
+                f"say them (--set on the command line); pretrained_window_sizes={own} means: its own windows",
             )
         config = self._validated(known)
+        if trained and config.settled.pretrained_window_sizes != trained:
+            raise WeightsError(
+                f"{self.where} was pre-trained with windows {list(trained)}, not {fields['pretrained_window_sizes']}",
+                "leave out pretrained_window_sizes",
+            )
         problems = model_problems(config)
         if problems:
             raise WeightsError("\n  - ".join([f"{self.where} makes no model:", *map(str, problems)]))
@@ -122,11 +129,14 @@ def open_weights(path: str | Path) -> Weights:
     Raises:
         WeightsError: nothing there, damaged, a pickle with code in it, or another model; says what it seems to be.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise WeightsError(f"{path}: no such file or folder", "check the path")
     raw, extra = read_folder(path) if path.is_dir() else read_file(path)
     renamed = {new: raw[name] for name, new in normalise(raw).items()}
+    if len(renamed) < len(raw):
+        twice = next(name for name, new in normalise(raw).items() if raw[name] is not renamed[new])
+        raise WeightsError(f"{path} holds two sets of weights, {twice} is there twice", "save one of them alone")
     style = detect(renamed)
     if style is None:
         raise WeightsError(

@@ -14,19 +14,20 @@ from swinv2_scale.errors import WeightsError
 def adapt_channels(weight: Tensor, in_channels: int) -> Tensor:
     """A patch convolution for RGB as one for other channels.
 
-    One channel: the sum over RGB, so that a grey image gives the same tokens as its three equal channels did. More:
+    One channel: the sum over RGB, so that a channel gives the same tokens as three equal (normalised) ones did. More:
     RGB repeated in turn and scaled by 3 / channels, so that tokens keep their size. The rule is timm's.
 
     Args:
         weight: (C, 3, patch, patch).
 
     Returns:
-        (C, in_channels, patch, patch).
+        (C, in_channels, patch, patch), float32 (float64 for float64).
     """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if in_channels == 1:
-        return weight.sum(1, keepdim=True)
+        return wide.sum(1, keepdim=True)
     turns = torch.arange(in_channels, device=weight.device) % 3
-    return weight[:, turns] * (3 / in_channels)
+    return wide[:, turns] * (3 / in_channels)
 
 
 def read_head_map(path: str | Path, num_old: int, num_new: int) -> Tensor:

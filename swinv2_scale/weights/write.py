@@ -115,7 +115,8 @@ def _check_name(path: Path, style: Format) -> None:
 
 
 def _is_known(weights: Weights, fields: Mapping[str, Any]) -> bool:
-    return {"image_size", "window_size"} <= {*weights.model_fields, *fields}
+    said = {*weights.model_fields, *fields} | ({"pretrained_window_sizes"} if weights.trained_windows else set())
+    return {"image_size", "window_size", "pretrained_window_sizes"} <= said
 
 
 def _refuse(weights: Weights, config: ModelConfig | None, style: Format) -> None:
@@ -152,12 +153,18 @@ def _geometry_problem(config: ModelConfig, style: Format) -> str:
             f"it divides offsets by its own window ({config.window_size}) less one in every stage, this model was "
             f"pre-trained with {list(config.pretrained_window_sizes or ())}"
         )
+    if any(length % config.patch_size for length in image):
+        patches = f"image {config.image_size} doesn't divide into patches of {config.patch_size}"
+        return f"{patches}, and its code drops pixels or lets tokens attend to padding"
     for stage, (map_size, used) in enumerate(zip(config.stage_maps, config.stage_windows, strict=True)):
         if style in ("hf", "microsoft") and 1 in (*map_size, *pretrained[stage]):
             return f"stage {stage} has a map or a pretrained window of one token, where its code divides by zero"
-        if any(length % w for length, w in zip(map_size, used, strict=True)):
+        if style in ("hf", "microsoft") and stage + 1 < config.num_stages and any(length % 2 for length in map_size):
+            return f"stage {stage}'s map {map_size} is odd, and its code halves it otherwise than it merges it"
+        tiled = window if style == "torchvision" else used  # it never clips a window
+        if any(length % w for length, w in zip(map_size, tiled, strict=True)):
             return (
-                f"stage {stage}'s map {map_size} doesn't divide into windows of {used}, and its code fails there or "
+                f"stage {stage}'s map {map_size} doesn't divide into windows of {tiled}, and its code fails there or "
                 "lets tokens attend to padding"
             )
     return ""
@@ -266,7 +273,10 @@ def _write_pickle(path: Path, entries: list[_Entry], extra: dict[str, Any]) -> N
         _write_safetensors(beside, entries, {})
         with safe_open(beside, framework="pt") as file:
             tensors = {entry.name: file.get_tensor(entry.name).view_as(entry.meta) for entry in entries}
-            torch.save({"model": tensors, **extra} if extra else tensors, path)
+            try:
+                torch.save({"model": tensors, **extra} if extra else tensors, path)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(str(error).splitlines()[0]) from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -320,7 +330,7 @@ def _appearing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         part.rename(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except OSError as error:
         raise OutputError(f"{path} can't be written: {error}", "make room there, or name another place") from error
     finally:
         _delete(part)

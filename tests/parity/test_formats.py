@@ -297,26 +297,45 @@ def test_torchvisions_files_are_read_with_the_window_of_their_tables(tmp_path: P
 # --- numbers that a library's code would compute otherwise ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("style", ["timm", "torchvision"])
-def test_a_model_that_the_library_computes_otherwise_is_not_exported_without_a_word(style: Any, tmp_path: Path) -> None:
-    """Maps of 10 and 5 don't divide into windows of 4: both let tokens attend to padding, ours doesn't."""
-    model = classifier(**{**DEEP, "image_size": 40})
-    try:
-        said = save_weights(model, tmp_path / "x.pth", style)
-    except WeightsError:
-        return
-    if style == "timm":
-        options = timm_options({**DEEP, "image_size": 40})
-        theirs: nn.Module = timm.create_model(
-            "swinv2_tiny_window8_256", checkpoint_path=str(tmp_path / "x.pth"), **options
-        )
-    else:
-        theirs = torchvision_model()
-        theirs.load_state_dict(torch.load(tmp_path / "x.pth", weights_only=True))
-    assert said or same_logits(model, theirs, 40)
+#: Three stages: maps that divide, that are odd before merging, that end in one token, smaller than the window.
+SIZES = [(image, window) for image in (32, 36, 48, 50, 64) for window in (2, 3, 4, 6, 8, 9) if window <= image // 4]
 
 
-# --- other architectures ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("style", ["hf", "timm", "torchvision"])
+@pytest.mark.parametrize("pretrained", [None, (4, 4, 4)], ids=["windows unset", "windows set"])
+def test_whatever_is_exported_has_our_logits_in_the_library(style: Any, pretrained: Any, tmp_path: Path) -> None:
+    exported, refused = [], []
+    for image, window in SIZES:
+        fields: dict[str, Any] = {"image_size": image, "window_size": window, "pretrained_window_sizes": pretrained}
+        model = classifier(depths=(1, 2, 2), num_heads=(2, 2, 4), **fields)
+        path = tmp_path / (f"{image}-{window}" + (".pth" if style != "hf" else ""))
+        try:
+            save_weights(model, path, style)
+        except WeightsError:
+            refused.append((image, window))
+            continue
+        exported.append((image, window))
+        options = {"embed_dim": 12, "depths": (1, 2, 2), "num_heads": (2, 2, 4), "num_classes": 5}
+        if style == "hf":
+            theirs = from_pretrained(AutoModelForImageClassification, path)
+        elif style == "timm":
+            options |= {"img_size": image, "window_size": window, "pretrained_window_sizes": pretrained or (0, 0, 0)}
+            theirs = timm.create_model("swinv2_tiny_window8_256", checkpoint_path=str(path), **options)
+        else:
+            theirs = SwinTransformer(
+                [4, 4],
+                12,
+                [1, 2, 2],
+                [2, 2, 4],
+                [window, window],
+                num_classes=5,
+                block=SwinTransformerBlockV2,
+                downsample_layer=PatchMergingV2,
+            )
+            theirs.load_state_dict(torch.load(path, weights_only=True))
+        assert same_logits(model, theirs, image), (image, window)
+    assert exported
+    assert refused
 
 
 def strangers() -> dict[str, nn.Module]:

@@ -1,5 +1,6 @@
 """``init_from``: a run that starts from anyone's weights, under ZeRO-3, at another size, and after they are gone."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from swinv2_scale.engine.start import open_source
 from swinv2_scale.tasks.simmim import SimMIMTask
 from swinv2_scale.weights.api import save_weights
 from swinv2_scale.weights.read import open_weights
-from tests.support.processes import pretrain
+from tests.support.processes import pretrain, run_worker
 from tests.support.small_run import write_config
 
 #: So small that no float32 weight moves: what was loaded is still there after a step, and can be compared bit for bit.
@@ -94,21 +95,29 @@ def test_a_run_goes_to_another_size_and_number_of_processes_and_keeps_its_pretra
     assert open_source(second).config().pretrained_window_sizes == (4, 4)
 
 
-def test_a_run_goes_on_when_the_weights_it_started_from_are_gone(tmp_path: Path, config: Path, second: Path) -> None:
+def test_a_run_goes_on_without_the_weights_it_started_from(tmp_path: Path, config: Path, second: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(second, run)
-    # The path has to be the one that was asked for at first; nothing is read from it any more.
-    start = next(line for line in (run / "config.yaml").read_text().splitlines() if line.startswith("init_from:"))
-    gone = start.partition(": ")[2].partition("  #")[0]
-    moved = Path(gone).rename(gone + "-moved")
-    try:
-        arguments = ("model.image_size=64", "model.window_size=8", f"init_from={gone}", *STILL)
-        finished = pretrain("--config", config, "--run-dir", run, "--steps", 2, *arguments)
-    finally:
-        moved.rename(gone)
+    # The run's own windows, written another way; and weights that are nowhere, which nobody reads any more.
+    arguments = ("model.image_size=64", "model.window_size=8", "model.pretrained_window_sizes=[4, [4, 4]]", *STILL)
+    finished = pretrain("--config", config, "--run-dir", run, "--steps", 2, "init_from=nowhere", *arguments)
     assert finished.code == 0, finished.output
+    assert "init_from is not read: this run goes on from its own checkpoint" in finished.output
     assert "resuming from" in finished.output
     assert "pretrained_window_sizes: [4, 4]  # settled when the run began" in (run / "config.yaml").read_text()
+
+
+def test_ranks_that_would_start_from_other_weights_stop_with_one_error(
+    tmp_path: Path, config: Path, model: torch.nn.Module
+) -> None:
+    """A path that means another file on another node: here each rank is given its own."""
+    save_weights(model, tmp_path / "0.safetensors")
+    with torch.no_grad():
+        changed = copy.deepcopy(model)
+        next(changed.parameters()).flatten()[7] += 1
+    save_weights(changed, tmp_path / "1.safetensors")
+    output = run_worker("settle.py", config, tmp_path, processes=2).output
+    assert output.count("holds other weights for ranks [1] than for rank 0") == 2
 
 
 def test_weights_of_another_width_stop_every_rank_with_one_error(tmp_path: Path, config: Path, first: Path) -> None:

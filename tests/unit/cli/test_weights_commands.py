@@ -69,8 +69,10 @@ def test_a_file_that_does_not_say_its_size_can_be_told(tmp_path, model, weights,
     assert main(["convert", str(weights), str(tmp_path / "timm.pth"), "--to", "timm"]) == 0
     again = ["convert", str(tmp_path / "timm.pth"), str(tmp_path / "hf"), "--to", "hf"]
     assert main(again) == 65
-    assert "say image_size=NUMBER and window_size=NUMBER (after --set on the command line)" in capsys.readouterr().err
-    assert main([*again, "--set", "image_size=64", "window_size=4"]) == 0
+    assert "doesn't say image_size, window_size, pretrained_window_sizes of its model" in capsys.readouterr().err
+    assert main([*again, "--set", "image_size=64", "window_size=4"]) == 65
+    assert "pretrained_window_sizes=[0, 0] means: its own windows" in capsys.readouterr().err
+    assert main([*again, "--set", "image_size=64", "window_size=4", "pretrained_window_sizes=[0,0]"]) == 0
     assert same_values(model, tmp_path / "hf")
 
 

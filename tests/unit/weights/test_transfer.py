@@ -334,7 +334,7 @@ def test_a_new_head_can_be_asked_for(tmp_path: Path) -> None:
 
 
 def test_keeping_the_head_is_insisted_on(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"has a head of 5 classes, the model one of 7"):
+    with pytest.raises(WeightsError, match=r"has a head of 5 classes, the model a head of 7"):
         load_weights(classifier(num_classes=7), saved(tmp_path), head="keep")
 
 
@@ -586,3 +586,54 @@ def test_facts_that_nobody_said_are_imagenets_for_three_channels_and_a_half_othe
     assert Facts().normalisation(3) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert Facts().normalisation(5) == ((0.5,) * 5, (0.5,) * 5)
     assert Facts(pixel_mean=(0.3,), pixel_std=(0.2,)).normalisation(1) == ((0.3,), (0.2,))
+
+
+def test_windows_that_a_file_says_cannot_be_given_otherwise(tmp_path: Path) -> None:
+    save_weights(classifier(), tmp_path / "x.safetensors")
+    source = open_weights(tmp_path / "x.safetensors")
+    assert source.config(pretrained_window_sizes=(4, 4)).pretrained_window_sizes == (4, 4)
+    with pytest.raises(WeightsError, match=r"pre-trained with windows \[4, 4\], not \(12, 6\)"):
+        source.config(pretrained_window_sizes=(12, 6))
+
+
+def test_two_sets_of_weights_in_one_file_are_refused(tmp_path: Path) -> None:
+    both = {**state(classifier()), **{f"module.{name}": value + 1 for name, value in state(classifier()).items()}}
+    with pytest.raises(WeightsError, match=r"holds two sets of weights, .* is there twice"):
+        load_weights(classifier(), save_pickle(both, tmp_path / "x.pth"))
+
+
+def test_a_model_without_values_takes_none(tmp_path: Path) -> None:
+    save_weights(classifier(), tmp_path / "x.safetensors")
+    model = classifier().to("meta")
+    with pytest.raises(WeightsError, match=r"meta device.*\n.*to_empty"):
+        load_weights(model, tmp_path / "x.safetensors")
+
+
+def test_a_nan_in_the_file_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    tensors = state(classifier())
+    tensors["norm.bias"] = tensors["norm.bias"].clone()
+    tensors["norm.bias"][3] = torch.nan
+    model = other_values(classifier())
+    before = state(model)
+    with pytest.raises(WeightsError, match=r"norm\.bias holds NaN or infinity"):
+        load_weights(model, save_pickle(tensors, tmp_path / "x.pth"))
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
+def test_wrappers_around_a_model_are_looked_through(tmp_path: Path) -> None:
+    save_weights(classifier(), tmp_path / "x.safetensors")
+    model = other_values(classifier())
+    load_weights(torch.nn.DataParallel(model), tmp_path / "x.safetensors")
+    assert_same_bits(model, classifier())
+    with pytest.raises(WeightsError, match="a Linear is no model of create_model"):
+        load_weights(torch.nn.Linear(2, 2), tmp_path / "x.safetensors")
+
+
+def test_class_names_and_normalisation_are_kept_by_handing_the_reports_facts_on(tmp_path: Path) -> None:
+    names = ("a", "b", "c", "d", "e")
+    save_weights(classifier(), tmp_path / "one", "hf", facts=Facts(pixel_mean=(0.1, 0.2, 0.3), labels=names))
+    model = classifier()
+    report = load_weights(model, tmp_path / "one")
+    save_weights(model, tmp_path / "two", "hf", facts=report.facts)
+    found = open_weights(tmp_path / "two").facts
+    assert (found.labels, found.pixel_mean) == (names, (0.1, 0.2, 0.3))
