@@ -107,7 +107,7 @@ def draw_predictions(predictions: list[Prediction], path: Path) -> None:
         OutputError: it can't be written.
     """
     predictions = predictions[:_MOST_DRAWN]
-    heights = [max(_THUMBNAIL, len(p.top) * _ROW) + _GAP for p in predictions]
+    heights = [max(p.thumbnail.height, len(p.top) * _ROW) + _GAP for p in predictions]
     picture = Image.new("RGB", (_THUMBNAIL + _TEXT_WIDTH + 3 * _GAP, sum(heights) + _GAP), "white")
     pen = ImageDraw.Draw(picture)
     y = _GAP

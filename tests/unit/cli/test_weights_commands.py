@@ -102,6 +102,7 @@ def test_exporting_for_another_size_keeps_the_windows_of_the_training(tmp_path, 
         (["convert", "SRC", "DST", "--to", "hf", "--set", "image_size=[64,128]"], 65, "aren't all square"),
         (["convert", "SRC", "SRC", "--to", "native"], 73, "is there already; nothing is overwritten"),
         (["export", "SRC", "DST", "--format", "hf"], 65, "is a file"),
+        (["predict", "SRC", "IMAGES", "--top-k", "0"], 78, "0 is less than 1"),
         (["predict", "SRC", "nothing.png"], 65, "nothing.png doesn't exist"),
         (["predict", "SRC", "IMAGES/notes.txt"], 65, "has no image"),
         (["predict", "SRC", "IMAGES", "--labels", "nothing.txt"], 78, "cannot read the class names"),
@@ -153,6 +154,24 @@ def test_predicted_probabilities_are_the_models_for_the_central_seven_eighths(tm
     assert [name for name, _ in found["top"]] == [NAMES[i] for i in wanted.argsort(descending=True)]
     # Float32, the same operations in another order.
     assert [p for _, p in found["top"]] == pytest.approx(wanted.sort(descending=True).values.tolist(), rel=1e-4)
+
+
+def test_photographs_are_classified_as_the_camera_was_held(tmp_path, weights, capsys):
+    upright = Image.fromarray(photographs.chelsea())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me by 90 degrees, clockwise"
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    files = [str(tmp_path / name) for name in ("turned.png", "upright.png")]
+    assert main(["predict", str(weights), *files, "--json", "--picture", str(tmp_path / "p.png")]) == 0
+    turned, straight = json.loads(capsys.readouterr().out)
+    assert turned["top"] == straight["top"]
+
+
+def test_images_have_one_or_three_channels(tmp_path, images, capsys):
+    save_weights(create_model("swinv2_tiny", num_classes=3, in_channels=5, **SMALL), tmp_path / "five.safetensors")
+    assert main(["predict", str(tmp_path / "five.safetensors"), str(images)]) == 78
+    assert "reads 5 channels" in capsys.readouterr().err
 
 
 def test_weights_without_a_class_head_predict_nothing(tmp_path, images, capsys):

@@ -481,7 +481,10 @@ def test_a_misspelt_model_is_refused_with_the_nearest_name() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"window": 8}, "window"),
+        ({"window": 8}, "window: no such field .did you mean window_size"),
+        ({"img_size": 256}, "img_size: no such field .did you mean image_size"),  # timm's words
+        ({"in_chans": 1}, "in_chans: no such field .did you mean in_channels"),
+        ({"variant": "giant"}, "variant: no such field"),
         ({"embed_dim": "96"}, "embed_dim"),
         ({"window_size": 0}, "window_size"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
