@@ -167,7 +167,7 @@ def _write(weights: Weights, arguments: argparse.Namespace) -> None:
 
         left_out = write_weights(replace(weights, tensor=watched), arguments.destination, arguments.style, **fields)
     for sentence in left_out:
-        print(f"left out: {sentence}")
+        print(f"note: {sentence}")
     target = arguments.destination
     files = [target] if target.is_file() else list(target.iterdir())
     num_bytes = sum(file.stat().st_size for file in files)

@@ -307,7 +307,8 @@ def _another_model(
     more = len(differing) + len(strange) - (len(lines) - 1)
     lines += [f"  and {more} more"] if more else []
     theirs, ours = weights.model_fields, config.model_dump()
-    fields = [key for key in weights.shape_fields if key not in ("variant", "num_classes") and theirs[key] != ours[key]]
+    adaptable = {"variant", "num_classes"} | ({"in_channels"} if theirs["in_channels"] == 3 else set())
+    fields = [key for key in weights.shape_fields if key not in adaptable and theirs[key] != ours[key]]
     lines.append(f"the file seems to be a {describe(theirs)}")
     values = ", ".join(f"{key} {format_value(theirs[key])}" for key in fields)
     return WeightsError("\n".join(lines), f"create the model with {values or 'its values'}, or give other weights")
