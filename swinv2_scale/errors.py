@@ -14,7 +14,7 @@ class ExitCode(IntEnum):
     """What a launch script's exit status means, the same for every command (docs/exit-codes.md)."""
 
     DONE = 0
-    BAD_DATA = 65  # a shard, an image, a manifest or a checkpoint is damaged or missing
+    BAD_DATA = 65  # a shard, an image, a manifest, a checkpoint or weights: damaged, missing, of another model
     DIVERGED = 70  # the loss or the gradient stayed non-finite
     CANNOT_WRITE = 73  # no space left, no permission, or the run directory is in use
     PEER_LOST = 75  # another rank died or stopped answering; start the job again
