@@ -45,6 +45,7 @@ class Zygote:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         command = [sys.executable, str(REPOSITORY / "tests" / "support" / "zygote.py")]
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.logs = tempfile.TemporaryDirectory(prefix="ranks-")  # deleted when the tests are over
         self._pending = b""
         self._started: list[int] = []
         self.codes: dict[int, int] = {}  # exit codes of ranks that have ended
@@ -127,7 +128,7 @@ def start(script: Path, *arguments: object, processes: int = 1) -> Job:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     port = _free_port()
-    logs = Path(tempfile.mkdtemp(prefix="ranks-"))
+    logs = Path(tempfile.mkdtemp(dir=zygote().logs.name))
     ranks = []
     for rank in range(processes):
         if processes > 1:
