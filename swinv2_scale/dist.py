@@ -139,6 +139,12 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def ranks_unlike_zero(value: object) -> list[int]:
+    """The ranks whose value isn't rank 0's; the same answer on every rank."""
+    values = gather(value)
+    return [rank for rank, theirs in enumerate(values) if theirs != values[0]]
+
+
 def all_agree(action: Callable[[], T], doing: str) -> T:
     """Run something that can fail on one rank alone; every rank raises if any did.
 

@@ -19,3 +19,11 @@ class ArgumentParser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(int(ExitCode.BAD_CONFIG))
+
+
+def positive_int(text: str) -> int:
+    """A ``type=`` for counts."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value

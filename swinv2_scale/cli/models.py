@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from swinv2_scale.cli.arguments import positive_int
+from swinv2_scale.config.loader import nearest_model_field
 from swinv2_scale.config.model import VARIANTS, ModelConfig
 from swinv2_scale.config.source import Settings, apply_overrides
 from swinv2_scale.errors import ConfigError
@@ -62,7 +63,7 @@ def add_commands(commands: Any) -> None:
     predict = commands.add_parser("predict", help="classify images: the likeliest classes, and a picture")
     predict.add_argument("weights", type=Path, help="a model with a class head: any format, a run, or a checkpoint")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="jpg, png or webp, or a folder of them")
-    predict.add_argument("--top-k", type=_positive, default=5, metavar="K")
+    predict.add_argument("--top-k", type=positive_int, default=5, metavar="K")
     predict.add_argument(
         "--labels", type=Path, metavar="FILE", help="class names, one a line, if the weights lack them"
     )
@@ -72,13 +73,6 @@ def add_commands(commands: Any) -> None:
     predict.add_argument("--json", action="store_true", help="for scripts")
     _add_fields(predict)
     predict.set_defaults(run=_predict)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
 
 
 def _add_destination(parser: argparse.ArgumentParser, option: str) -> None:
@@ -213,7 +207,7 @@ def _model_fields(words: list[str]) -> dict[str, Any]:
     fields = settings.tree()
     for key in fields:
         if key not in ModelConfig.model_fields:
-            near = difflib.get_close_matches(key, ModelConfig.model_fields, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest_model_field(key)
+            hint = f"; did you mean {near}?" if near else ""
             raise ConfigError(f"a model has no field {key!r}{hint}", f"one of: {', '.join(ModelConfig.model_fields)}")
     return fields

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from swinv2_scale.cli.arguments import ArgumentParser
+from swinv2_scale.cli.arguments import ArgumentParser, positive_int
 from swinv2_scale.config.loader import LoadedConfig, load_config
 from swinv2_scale.errors import ExitCode, ScaleError
 
@@ -41,19 +41,12 @@ def default_run_dir(config: Path) -> Path:
     return Path("runs") / (config.stem if folder in ("", "configs") else f"{folder}-{config.stem}")
 
 
-def _steps(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("--steps counts from 1")
-    return value
-
-
 def _parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers put it first
     parser.add_argument("--config", "--cfg", required=True, metavar="FILE", help="the stage's YAML file")
     parser.add_argument("--run-dir", metavar="DIR", help="where everything is written (default: runs/NAME-OF-CONFIG)")
-    parser.add_argument("--steps", type=_steps, metavar="N", help="stop cleanly, with a checkpoint, after step N")
+    parser.add_argument("--steps", type=positive_int, metavar="N", help="stop cleanly, with a checkpoint, after step N")
     parser.add_argument("--resume", choices=("auto", "required", "never"), default="auto")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration values")
     return parser

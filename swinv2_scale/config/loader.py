@@ -139,7 +139,7 @@ def _problems(error: ValidationError, settings: Settings) -> list[ConfigProblem]
         key = _key_of(item["loc"])
         if item["type"] == "extra_forbidden":
             message = "no such key"
-            suggestions[key] = _nearest_key(key)
+            suggestions[key] = nearest_key(key)
         elif item["type"] == "missing":
             message = "is required"
         else:
@@ -181,7 +181,7 @@ def _all_keys(section: type[BaseModel], prefix: KeyPath = ()) -> list[KeyPath]:
     return keys
 
 
-def _nearest_key(key: KeyPath) -> str:
+def nearest_key(key: KeyPath) -> str:
     """A key of the same name elsewhere, else a sibling that is spelled alike, else one spelled alike elsewhere."""
     known = _all_keys(RunConfig)
     same = [k for k in known if k[-1] == key[-1]]
@@ -194,3 +194,9 @@ def _nearest_key(key: KeyPath) -> str:
     elsewhere = {**_OTHER_NAMES, **{k[-1]: k for k in reversed(known)}}
     near = difflib.get_close_matches(key[-1], elsewhere, 1, cutoff=0.75)
     return ".".join(elsewhere[near[0]]) if near else ""
+
+
+def nearest_model_field(name: str) -> str:
+    """The field of ModelConfig that a wrong name is nearest to, another library's word included; empty if none is."""
+    section, _, field = nearest_key(("model", name)).partition(".")
+    return field if section == "model" else ""

@@ -108,6 +108,13 @@ def format_value(value: Any) -> str:
     return text.removesuffix("\n...\n").strip()
 
 
+def as_tuples(value: Any) -> Any:
+    """Lists of any depth, as JSON and people give them, as the tuples that configurations are made of."""
+    if isinstance(value, dict):
+        return {key: as_tuples(item) for key, item in value.items()}
+    return tuple(as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]

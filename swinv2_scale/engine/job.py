@@ -203,8 +203,7 @@ def _check_cluster(config: RunConfig) -> None:
 def _check_ranks_agree(config: RunConfig, options: JobOptions) -> None:
     """Every rank reads its own copy of the configuration; a stale one would train a part of the weights differently."""
     mine = json.dumps([plain(config), str(options.run_dir), options.last_step, options.resume, versions()])
-    everybody = dist.gather(mine)
-    others = [rank for rank, theirs in enumerate(everybody) if theirs != everybody[0]]
+    others = dist.ranks_unlike_zero(mine)
     if others:
         raise ConfigError(
             f"ranks {others} were started with another configuration, options or versions than rank 0",

@@ -11,6 +11,7 @@ from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig, flatten
 from swinv2_scale.config.rules import changes
 from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.source import as_tuples
 from swinv2_scale.data.manifest import ShardSet
 from swinv2_scale.engine import checkpoint
 from swinv2_scale.engine.checkpoint import Checkpoint
@@ -18,7 +19,6 @@ from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.errors import CheckpointError, ConfigError, DataError, OutputError
 from swinv2_scale.telemetry.console import log
-from swinv2_scale.weights.facts import as_tuples
 
 Resume = Literal["auto", "required", "never"]
 

@@ -85,8 +85,7 @@ def settle(loaded: LoadedConfig, make_task: Callable[[RunConfig], Task]) -> tupl
         return loading, loading.fingerprint()
 
     loading, fingerprint = dist.all_agree(plan, doing)
-    everybody = dist.gather(fingerprint)
-    others = [rank for rank, theirs in enumerate(everybody) if theirs != everybody[0]]
+    others = dist.ranks_unlike_zero(fingerprint)
     if others:
         raise ConfigError(
             f"init_from {config.init_from} holds other weights for ranks {others} than for rank 0",

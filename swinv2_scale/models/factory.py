@@ -9,15 +9,15 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from swinv2_scale.config.loader import nearest_model_field
 from swinv2_scale.config.model import VARIANTS, ModelConfig
 from swinv2_scale.config.rules import model_problems
+from swinv2_scale.config.source import as_tuples
 from swinv2_scale.errors import ConfigError, ConfigProblem
 from swinv2_scale.models.backbone import SwinV2
 from swinv2_scale.models.initialise import initial_values
 
 _PREFIX = "swinv2_"
-#: What timm and others call it.
-_OTHER_NAMES = {"img_size": "image_size", "in_chans": "in_channels", "num_channels": "in_channels", "variant": ""}
 
 
 def list_models() -> list[str]:
@@ -45,10 +45,13 @@ def create_model(name: str, *, seed: int = 0, **fields: Any) -> SwinV2:
         raise ConfigError(
             f"{name} cannot be built:",
             f"fields are: {', '.join(key for key in ModelConfig.model_fields if key != 'variant')}",
-            tuple(ConfigProblem(key, "no such field", suggestion=_nearest(key)) for key in unknown),
+            tuple(
+                ConfigProblem(key, "no such field", suggestion=nearest_model_field(key) if key != "variant" else "")
+                for key in unknown
+            ),
         )
     try:
-        config = ModelConfig.model_validate({**_tuples(fields), "variant": name.removeprefix(_PREFIX)})
+        config = ModelConfig.model_validate({**as_tuples(fields), "variant": name.removeprefix(_PREFIX)})
     except ValidationError as error:
         found = error.errors(include_url=False)
         problems = [ConfigProblem(".".join(map(str, e["loc"])), f"{e['input']!r}: {e['msg']}") for e in found]
@@ -60,18 +63,6 @@ def create_model(name: str, *, seed: int = 0, **fields: Any) -> SwinV2:
     if not any(parameter.is_meta for parameter in model.parameters()):
         initialise(model, seed)
     return model
-
-
-def _nearest(key: str) -> str:
-    near = difflib.get_close_matches(key, ModelConfig.model_fields, 1)
-    return _OTHER_NAMES.get(key) or (near[0] if near else "")
-
-
-def _tuples(value: Any) -> Any:
-    """Lists of any depth as tuples, which configurations are made of."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 @torch.no_grad()

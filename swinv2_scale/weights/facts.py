@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swinv2_scale import geometry
 from swinv2_scale.config.model import VARIANTS, ModelConfig
+from swinv2_scale.config.source import as_tuples
 from swinv2_scale.errors import WeightsError
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -169,8 +170,3 @@ def _extra_norm_fields(shapes: Mapping[str, Sequence[int]], depths: Sequence[int
             if [place for place in places if config.has_extra_norm(*place)] == found:
                 return {"extra_norm_every": every, "extra_norm_counter": counter}
     raise WeightsError(f"{where}: norms on the main branch (norm3) after blocks {found}, which no counting gives")
-
-
-def as_tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that configurations are made of."""
-    return tuple(as_tuples(item) for item in value) if isinstance(value, list | tuple) else value

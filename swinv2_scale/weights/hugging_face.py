@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from swinv2_scale.config.model import ModelConfig
+from swinv2_scale.config.source import as_tuples
 from swinv2_scale.errors import WeightsError
-from swinv2_scale.weights.facts import Facts, as_tuples
+from swinv2_scale.weights.facts import Facts
 
 _BICUBIC = 3
 

@@ -85,12 +85,10 @@ _LANDMARKS: dict[Format, str] = {
 }
 _WRAPPERS, _PATCH = ("_orig_mod.", "module.", "model.", "backbone.", "encoder."), "patch_embed"
 _BLOCK: dict[Format, str] = {
-    "native": r"layers\.(\d+)\.blocks\.(\d+)\.",
-    "microsoft": r"layers\.(\d+)\.blocks\.(\d+)\.",
-    "timm": r"layers\.(\d+)\.blocks\.(\d+)\.",
     "hf": r"swinv2\.encoder\.layers\.(\d+)\.blocks\.(\d+)\.",
     "torchvision": r"features\.(\d+)\.(\d+)\.attn\.",
 }
+_BLOCK_ELSEWHERE = r"layers\.(\d+)\.blocks\.(\d+)\."
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def depths_of(names: Iterable[str], style: Format) -> tuple[int, ...]:
     """Blocks of each stage, counted in normalised names."""
     last: dict[int, int] = {}
     for name in names:
-        match = re.match(_BLOCK[style], name)
+        match = re.match(_BLOCK.get(style, _BLOCK_ELSEWHERE), name)
         if match:
             stage = int(match[1]) // 2 if style == "torchvision" else int(match[1])
             last[stage] = max(last.get(stage, 0), int(match[2]) + 1)

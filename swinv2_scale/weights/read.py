@@ -133,9 +133,10 @@ def open_weights(path: str | Path) -> Weights:
     if not path.exists():
         raise WeightsError(f"{path}: no such file or folder", "check the path")
     raw, extra = read_folder(path) if path.is_dir() else read_file(path)
-    renamed = {new: raw[name] for name, new in normalise(raw).items()}
+    new_names = normalise(raw)
+    renamed = {new: raw[name] for name, new in new_names.items()}
     if len(renamed) < len(raw):
-        twice = next(name for name, new in normalise(raw).items() if raw[name] is not renamed[new])
+        twice = next(name for name, new in new_names.items() if raw[name] is not renamed[new])
         raise WeightsError(f"{path} holds two sets of weights, {twice} is there twice", "save one of them alone")
     style = detect(renamed)
     if style is None:

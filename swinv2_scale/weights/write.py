@@ -272,7 +272,7 @@ def _write_pickle(path: Path, entries: list[_Entry], extra: dict[str, Any]) -> N
     try:
         _write_safetensors(beside, entries, {})
         with safe_open(beside, framework="pt") as file:
-            tensors = {entry.name: file.get_tensor(entry.name).view_as(entry.meta) for entry in entries}
+            tensors = {entry.name: file.get_tensor(entry.name) for entry in entries}
             try:
                 torch.save({"model": tensors, **extra} if extra else tensors, path)
             except RuntimeError as error:  # what torch makes of a full disk

@@ -41,6 +41,17 @@ class Case:
     all_at_clamp: bool = False
 
     @property
+    def shape(self) -> dict[str, Any]:
+        """In the words that timm, transformers and we have in common."""
+        return {
+            "patch_size": self.patch,
+            "embed_dim": self.embed_dim,
+            "depths": self.depths,
+            "num_heads": self.heads,
+            "window_size": self.window,
+        }
+
+    @property
     def model_image(self) -> tuple[int, int]:
         return self.built_for or self.image
 
@@ -88,11 +99,7 @@ def our_model(case: Case, **fields: Any) -> SwinV2:
     model = create_model(
         "swinv2_tiny",
         image_size=case.model_image,
-        patch_size=case.patch,
-        embed_dim=case.embed_dim,
-        depths=case.depths,
-        num_heads=case.heads,
-        window_size=case.window,
+        **case.shape,
         pretrained_window_sizes=case.pretrained,
         extra_norm_every=case.extra_norm_every,
         extra_norm_counter=case.extra_norm_counter,

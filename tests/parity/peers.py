@@ -68,12 +68,8 @@ class Peer:
 def build_timm(case: Case, **fields: object) -> nn.Module:
     return SwinTransformerV2(
         img_size=case.model_image,
-        patch_size=case.patch,
         num_classes=NUM_CLASSES,
-        embed_dim=case.embed_dim,
-        depths=case.depths,
-        num_heads=case.heads,
-        window_size=case.window,
+        **case.shape,
         pretrained_window_sizes=case.pretrained or (0,) * len(case.depths),
         drop_path_rate=0.0,
         **fields,
@@ -116,11 +112,7 @@ _HF_NAMES = (
 def hf_config(case: Case) -> Swinv2Config:
     return Swinv2Config(
         image_size=case.model_image[0] if len(set(case.model_image)) == 1 else case.model_image,
-        patch_size=case.patch,
-        embed_dim=case.embed_dim,
-        depths=case.depths,
-        num_heads=case.heads,
-        window_size=case.window,
+        **case.shape,
         pretrained_window_sizes=case.pretrained or (0,) * len(case.depths),
         drop_path_rate=0.0,
         encoder_stride=case.patch << (len(case.depths) - 1),

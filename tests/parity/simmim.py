@@ -22,11 +22,7 @@ def our_simmim(case: Case, target_norm_window: int = 0) -> SimMIM:
         {
             "model": {
                 "image_size": case.model_image,
-                "patch_size": case.patch,
-                "embed_dim": case.embed_dim,
-                "depths": case.depths,
-                "num_heads": case.heads,
-                "window_size": case.window,
+                **case.shape,
                 "pretrained_window_sizes": case.pretrained,
             },
             "data": {

@@ -257,12 +257,14 @@ def test_timms_own_reader_of_microsofts_files_takes_ours(tmp_path: Path) -> None
 # --- torchvision ------------------------------------------------------------------------------------------------------
 
 
-def torchvision_model(window: tuple[int, int] = (4, 4)) -> nn.Module:
+def torchvision_model(
+    window: tuple[int, int] = (4, 4), depths: tuple[int, ...] = (2, 2), heads: tuple[int, ...] = (2, 4)
+) -> nn.Module:
     return SwinTransformer(
         [4, 4],
         12,
-        [2, 2],
-        [2, 4],
+        list(depths),
+        list(heads),
         list(window),
         num_classes=5,
         block=SwinTransformerBlockV2,
@@ -307,7 +309,8 @@ def test_whatever_is_exported_has_our_logits_in_the_library(style: Any, pretrain
     exported, refused = [], []
     for image, window in SIZES:
         fields: dict[str, Any] = {"image_size": image, "window_size": window, "pretrained_window_sizes": pretrained}
-        model = classifier(depths=(1, 2, 2), num_heads=(2, 2, 4), **fields)
+        fields |= {"depths": (1, 2, 2), "num_heads": (2, 2, 4)}
+        model = classifier(**fields)
         path = tmp_path / (f"{image}-{window}" + (".pth" if style != "hf" else ""))
         try:
             save_weights(model, path, style)
@@ -315,23 +318,13 @@ def test_whatever_is_exported_has_our_logits_in_the_library(style: Any, pretrain
             refused.append((image, window))
             continue
         exported.append((image, window))
-        options = {"embed_dim": 12, "depths": (1, 2, 2), "num_heads": (2, 2, 4), "num_classes": 5}
         if style == "hf":
             theirs = from_pretrained(AutoModelForImageClassification, path)
         elif style == "timm":
-            options |= {"img_size": image, "window_size": window, "pretrained_window_sizes": pretrained or (0, 0, 0)}
+            options = {**timm_options(fields), "num_heads": fields["num_heads"]}
             theirs = timm.create_model("swinv2_tiny_window8_256", checkpoint_path=str(path), **options)
         else:
-            theirs = SwinTransformer(
-                [4, 4],
-                12,
-                [1, 2, 2],
-                [2, 2, 4],
-                [window, window],
-                num_classes=5,
-                block=SwinTransformerBlockV2,
-                downsample_layer=PatchMergingV2,
-            )
+            theirs = torchvision_model((window, window), fields["depths"], fields["num_heads"])
             theirs.load_state_dict(torch.load(path, weights_only=True))
         assert same_logits(model, theirs, image), (image, window)
     assert exported

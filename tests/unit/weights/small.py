@@ -19,6 +19,7 @@ from swinv2_scale.config.run import RunConfig
 from swinv2_scale.models.backbone import SwinV2
 from swinv2_scale.models.factory import create_model
 from swinv2_scale.tasks.simmim import SimMIM
+from swinv2_scale.weights.api import load_weights
 
 #: Two stages, 32 px, maps of 8 and 4 tokens: every window used is 4, so every format can hold it.
 FIELDS: dict[str, Any] = {
@@ -93,6 +94,13 @@ def assert_same_bits(model: nn.Module, expected: nn.Module) -> None:
     assert found.keys() == wanted.keys()
     differing = [name for name, value in found.items() if not torch.equal(value, wanted[name])]
     assert not differing
+
+
+def assert_holds_the_classifier(path: Path) -> None:
+    """Loading a file replaces every value of a classifier by classifier()'s own."""
+    loaded = other_values(classifier())
+    load_weights(loaded, path)
+    assert_same_bits(loaded, classifier())
 
 
 def pictures(channels: int = 3, size: int | tuple[int, int] = 32) -> Tensor:

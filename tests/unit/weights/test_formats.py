@@ -23,6 +23,7 @@ from swinv2_scale.weights.read import Weights, open_weights
 from swinv2_scale.weights.write import write_weights
 from tests.unit.weights.small import (
     FORMATS,
+    assert_holds_the_classifier,
     assert_same_bits,
     classifier,
     named,
@@ -203,9 +204,7 @@ def test_a_head_of_the_file_that_is_not_taken_is_among_the_dropped(tmp_path: Pat
     ],
 )
 def test_the_prefixes_of_wrappers_are_taken_off(prefix: str, tmp_path: Path) -> None:
-    loaded = other_values(classifier())
-    load_weights(loaded, save_state(classifier(), tmp_path / "x.pth", prefix))
-    assert_same_bits(loaded, classifier())
+    assert_holds_the_classifier(save_state(classifier(), tmp_path / "x.pth", prefix))
 
 
 def test_simmims_old_word_for_the_bias_mlp_is_understood(tmp_path: Path) -> None:
@@ -219,23 +218,17 @@ def test_simmims_old_word_for_the_bias_mlp_is_understood(tmp_path: Path) -> None
 @pytest.mark.parametrize("key", ["model", "state_dict", "module", "model_state_dict"])
 def test_weights_are_found_where_trainers_put_them(key: str, tmp_path: Path) -> None:
     checkpoint = {key: state(classifier()), "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "epoch": 3}
-    loaded = other_values(classifier())
-    load_weights(loaded, save_pickle(checkpoint, tmp_path / "x.pth"))
-    assert_same_bits(loaded, classifier())
+    assert_holds_the_classifier(save_pickle(checkpoint, tmp_path / "x.pth"))
 
 
 def test_weights_are_found_where_another_entry_has_the_word_too(tmp_path: Path) -> None:
     checkpoint = {"model": {"name": "swinv2", "depth": 3}, "state_dict": state(classifier())}
-    loaded = other_values(classifier())
-    load_weights(loaded, save_pickle(checkpoint, tmp_path / "x.pth"))
-    assert_same_bits(loaded, classifier())
+    assert_holds_the_classifier(save_pickle(checkpoint, tmp_path / "x.pth"))
 
 
 def test_files_of_before_torch_1_6_are_read(tmp_path: Path) -> None:
     path = save_pickle(state(classifier()), tmp_path / "x.pth", _use_new_zipfile_serialization=False)
-    loaded = other_values(classifier())
-    load_weights(loaded, path)
-    assert_same_bits(loaded, classifier())
+    assert_holds_the_classifier(path)
 
 
 def test_a_file_of_parameters_can_be_written_again_though_they_want_gradients(tmp_path: Path) -> None:
@@ -243,9 +236,7 @@ def test_a_file_of_parameters_can_be_written_again_though_they_want_gradients(tm
     write_weights(
         open_weights(path), tmp_path / "hf", "hf", image_size=32, window_size=4, pretrained_window_sizes=(0, 0)
     )
-    loaded = other_values(classifier())
-    load_weights(loaded, tmp_path / "hf")
-    assert_same_bits(loaded, classifier())
+    assert_holds_the_classifier(tmp_path / "hf")
 
 
 # --- Hugging Face's folders -------------------------------------------------------------------------------------------
@@ -268,9 +259,7 @@ def test_a_large_model_is_cut_into_files_with_an_index_as_hugging_face_does_it(
         with safe_open(file, framework="pt") as opened:
             held |= dict.fromkeys(opened.keys(), file.name)
     assert index["weight_map"] == held
-    loaded = other_values(classifier())
-    load_weights(loaded, tmp_path / "hf")
-    assert_same_bits(loaded, classifier())
+    assert_holds_the_classifier(tmp_path / "hf")
 
 
 def test_one_tensor_larger_than_a_whole_shard_has_a_file_of_its_own(
@@ -278,9 +267,7 @@ def test_one_tensor_larger_than_a_whole_shard_has_a_file_of_its_own(
 ) -> None:
     monkeypatch.setattr(write, "SHARD_BYTES", 1)
     save_weights(classifier(), tmp_path / "hf", "hf")
-    loaded = other_values(classifier())
-    load_weights(loaded, tmp_path / "hf")
-    assert_same_bits(loaded, classifier())
+    assert_holds_the_classifier(tmp_path / "hf")
 
 
 def as_pickled_folder(folder: Path, num_files: int) -> None:
@@ -451,9 +438,7 @@ def test_tensors_in_any_memory_layout_are_written_as_they_read(tmp_path: Path) -
     path = save_pickle(tensors, tmp_path / "x.pth")
     geometry = {"image_size": 32, "window_size": 4, "pretrained_window_sizes": (0, 0)}
     write_weights(open_weights(path), tmp_path / "y.safetensors", "native", **geometry)
-    loaded = other_values(classifier())
-    load_weights(loaded, tmp_path / "y.safetensors")
-    assert_same_bits(loaded, classifier())
+    assert_holds_the_classifier(tmp_path / "y.safetensors")
 
 
 def test_safetensors_files_are_those_of_the_library(tmp_path: Path) -> None:
