@@ -7,6 +7,7 @@ nothing has to be saved in a checkpoint, and recomputing a block draws the same 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,13 @@ class Draw:
     def generator(self, purpose: str) -> np.random.Generator:
         """A fresh numpy generator; Philox's stream is specified, the same on every platform."""
         return np.random.Generator(np.random.Philox(key=self.key(purpose)))
+
+    def uniforms(self, purpose: str) -> Iterator[float]:
+        """Endless numbers in [0, 1), multiples of 2**-53; for a few of them a tenth of a generator's time."""
+        state = self.key(purpose)
+        while True:
+            yield (mix(state) >> 11) * 2.0**-53
+            state = (state + _GAMMA) & _MASK
 
     def tensor_key(self, purpose: str) -> int:
         """The key as a signed 64-bit number, to ride with the batch."""

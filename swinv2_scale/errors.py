@@ -81,6 +81,10 @@ class DataError(ScaleError):
     exit_code = ExitCode.BAD_DATA
 
 
+class SampleError(DataError):
+    """One sample is damaged or isn't what the task needs; a run may put it into quarantine and go on."""
+
+
 class CheckpointError(ScaleError):
     """A checkpoint is missing, incomplete or damaged."""
 

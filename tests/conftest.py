@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from swinv2_scale.data.sources import embedded_shards
+from swinv2_scale.data.sources.embedded import embedded_shards
 
 
 @pytest.fixture(scope="session")

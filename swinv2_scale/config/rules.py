@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from swinv2_scale.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_BY_CONFIG
 from swinv2_scale.config.model import ModelConfig
-from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.run import RunConfig, patterns_of
 from swinv2_scale.errors import ConfigProblem
 from swinv2_scale.geometry import nearest_multiples
 
@@ -24,8 +24,14 @@ _RESUME_POLICY: dict[str, ResumePolicy] = {
     "data.train": "free",  # what is in the shards counts, not where they lie: the manifest's digest is compared
     "data.validation": "free",
     "data.shards_dir": "free",
+    "data.index_dir": "free",
+    "data.remote": "free",
     "data.num_workers": "free",
     "data.prefetch_batches": "free",
+    "data.prefetch_bytes": "free",
+    "data.decoder": "warn",  # the same crops, pixels that differ a little
+    "data.max_quarantined_share": "warn",
+    "data.max_image_pixels": "warn",
     "optim.lr": "warn",
     "optim.min_lr": "warn",
     "optim.total_steps": "warn",  # stretches the schedule
@@ -163,9 +169,10 @@ def _data_problems(config: RunConfig) -> list[ConfigProblem]:
             f"{data.micro_batch_size} doesn't divide data.global_batch_size {data.global_batch_size}; {nearest} do"
         )
         problems.append(ConfigProblem("data.micro_batch_size", message))
-    if config.model.in_channels not in (1, 3):
-        message = f"{config.model.in_channels} channels can't be read from images; 1 (grey) and 3 (colour) can"
-        problems.append(ConfigProblem("model.in_channels", message))
+    patterns = patterns_of(data.train)
+    if data.train_weights is not None and len(data.train_weights) != len(patterns):
+        message = f"has {len(data.train_weights)} weights, data.train {len(patterns)} patterns: {', '.join(patterns)}"
+        problems.append(ConfigProblem("data.train_weights", message))
     for key, values in (("data.pixel_mean", data.pixel_mean), ("data.pixel_std", data.pixel_std)):
         if len(values) != config.model.in_channels:
             message = f"has {len(values)} values, model.in_channels is {config.model.in_channels}"

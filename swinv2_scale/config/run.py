@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -11,26 +12,64 @@ from swinv2_scale.config.model import Fraction, ModelConfig, PositiveInt, Sectio
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-#: A path, a brace pattern (``train-{000000..000127}.tar``), a glob, several joined with ``::``, or ``embedded:NAME``.
+#: A path, a brace pattern (``train-{000000..000127}.tar``), a glob, several joined with ``::``, ``embedded:NAME``,
+#: ``http(s)://``, ``s3://``, ``gs://``, or ``pipe:COMMAND`` where ``data.remote.allowed_commands`` has the command.
 ShardPattern = str | tuple[str, ...]
+
+
+def patterns_of(pattern: str | Iterable[str]) -> list[str]:
+    """The patterns that are joined with ``::`` or listed."""
+    return [part for item in ([pattern] if isinstance(pattern, str) else pattern) for part in item.split("::")]
+
+
+class RemoteConfig(Section):
+    """Shards that don't lie on a disk of this node."""
+
+    #: Blocks of remote shards, shared by the processes of a node; what was used longest ago goes first.
+    cache_dir: str = "shards/cache"
+    cache_bytes: PositiveInt = 64 * 2**30
+    #: How long a store may stay silent; then it is asked again.
+    timeout_s: PositiveFloat = 30.0
+    #: So many times, waiting longer each time, up to half a minute.
+    retries: NonNegativeInt = 6
+    #: Programs that a ``pipe:`` shard may start, by name: ("aws",). No shell is involved.
+    allowed_commands: tuple[str, ...] = ()
 
 
 class DataConfig(Section):
     """Which samples, how many at a time, and how they are read."""
 
     train: ShardPattern
+    #: One weight for each pattern of ``train``: samples are drawn from them in these proportions, each data set in its
+    #: own epochs. None: all patterns are one data set.
+    train_weights: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] | None = None
     validation: ShardPattern | None = None
     global_batch_size: PositiveInt
     #: Samples of one process at once; accumulation follows: global / (micro * processes).
     micro_batch_size: PositiveInt
     num_workers: NonNegativeInt = 2
-    #: Batches that each worker keeps ready.
+    #: Batches that each worker keeps ready, as far as ``prefetch_bytes`` allows.
     prefetch_batches: PositiveInt = 2
+    #: Memory that a process's batches may take, from the workers that make them to the step that trains on them.
+    prefetch_bytes: PositiveInt = 4 * 2**30
     shuffle: bool = True
     #: Samples are mixed over this many shards at a time; reading stays inside them.
     shuffle_shards: PositiveInt = 64
     #: Where ``embedded:`` data sets are written as tars on their first use.
     shards_dir: str = "shards"
+    #: Where the manifests of shards lie that have none beside them (``swinv2-scale shards index`` writes here).
+    index_dir: str = "shards/index"
+    remote: RemoteConfig = RemoteConfig()
+    #: At most this share of a data set's samples may be damaged in one epoch: each is listed in RUN/quarantine.jsonl
+    #: and replaced by another, the same one whatever the number of ranks. 0: the first one stops the run.
+    max_quarantined_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    #: How training decodes. ``fast``: JPEGs at the scale that the crop needs, resized by OpenCV; ``exact``: Pillow, as
+    #: evaluation always does.
+    decoder: Literal["fast", "exact"] = "fast"
+    #: Type of the pixels that the model gets: 16-bit images keep their bits as uint16, ``.npy`` its values as float32.
+    pixel_type: Literal["uint8", "uint16", "float32"] = "uint8"
+    #: Larger images are damaged ones (a decompression bomb); Pillow's own limit.
+    max_image_pixels: PositiveInt = 89_478_485
     pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     pixel_std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from swinv2_scale import dist
+from swinv2_scale.data.ledger import EpochAccount, Ledger
 from swinv2_scale.engine.deepspeed_import import LossScaler, TorchCheckpointEngine, ZeroStageEnum, fragment_address
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.errors import CheckpointError, ConfigError, OutputError
@@ -228,10 +229,21 @@ def newest_verified(folder: Path) -> Checkpoint | None:
 
 
 def read_state(checkpoint: Checkpoint) -> tuple[TrainState, dict[str, Any]]:
-    """Our part of a checkpoint: the training's state, and the facts that publish() was given."""
+    """Our part of a checkpoint: the training's state, and the facts that publish() was given.
+
+    Raises:
+        CheckpointError: it was made by another version.
+    """
     data = json.loads((checkpoint.path / _STATE).read_text(encoding="utf-8"))
-    state = TrainState(*(data.pop(key) for key in ("step", "samples_seen", "skipped_in_a_row")))
-    return state, data
+    try:
+        step, samples_seen, skipped = (data.pop(key) for key in ("step", "samples_seen", "skipped_in_a_row"))
+        accounts = tuple(EpochAccount(**account) for account in data.pop("ledger")["accounts"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} was made by another version: its state doesn't fit ({error!r})",
+            "finish that run with the version that began it, or choose another --run-dir",
+        ) from error
+    return TrainState(step, samples_seen, skipped, Ledger(accounts)), data
 
 
 def load(engine: Any, checkpoint: Checkpoint) -> None:

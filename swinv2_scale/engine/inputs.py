@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from swinv2_scale import dist
-from swinv2_scale.config.run import RunConfig
-from swinv2_scale.data.loader import Batch, evaluation_batches, training_batches
-from swinv2_scale.data.manifest import ShardSet, read_shard_set
+from swinv2_scale.config.run import RunConfig, ShardPattern, patterns_of
+from swinv2_scale.data.ledger import Quarantined
+from swinv2_scale.data.loader import Batch, MakeSample, PositionDataset, Share, evaluation_batches, training_batches
 from swinv2_scale.data.order import Order
-from swinv2_scale.data.sources import EMBEDDED_PREFIX, embedded_shards
+from swinv2_scale.data.remote.files import RemoteFiles, is_remote
+from swinv2_scale.data.remote.pipe import PIPE_PREFIX, pipe_command
+from swinv2_scale.data.shards.manifest import (
+    FileProblem,
+    ShardSet,
+    raise_file_problems,
+    read_shard_set,
+)
+from swinv2_scale.data.shards.reader import ShardReader
+from swinv2_scale.data.sources.embedded import EMBEDDED_PREFIX, embedded_shards
 from swinv2_scale.errors import DataError
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import log
@@ -25,47 +35,84 @@ class Inputs:
     train: ShardSet
     validation: ShardSet | None
 
+    @cached_property
+    def order(self) -> Order:
+        """Of the training samples."""
+        data = self.config.data
+        return Order.of(
+            self.train.sizes,
+            self.config.seed,
+            data.shuffle,
+            data.shuffle_shards,
+            self.train.sources,
+            data.train_weights,
+        )
+
+    @cached_property
+    def _remote(self) -> RemoteFiles:
+        data = self.config.data
+        return RemoteFiles(data.remote, num_readers=dist.local_world_size() * (data.num_workers + 1))
+
     def training(self, task: Task, start_step: int, end_step: int) -> Generator[Batch]:
         """This rank's micro-batches of the steps from ``start_step`` (counted from 0) up to ``end_step``."""
-        data = self.config.data
-        return training_batches(
-            self.train,
-            Order(self.train.sizes, self.config.seed, data.shuffle, data.shuffle_shards),
-            task.training_sample,
-            start_step=start_step,
-            end_step=end_step,
-            global_batch_size=data.global_batch_size,
-            micro_batch_size=data.micro_batch_size,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-            num_workers=data.num_workers,
-            prefetch_batches=data.prefetch_batches,
-        )
+        dataset = self._dataset(self.train, self.order, task.training_sample)
+        share = self._share(task, self.config.data.micro_batch_size, dist.rank(), dist.world_size())
+        return training_batches(dataset, share, start_step, end_step)
 
     def held_back(self, task: Task) -> Iterator[Batch]:
         """This rank's share of the validation samples, the same ones every time."""
-        return self._evaluation(
-            task, self.config.evaluation.samples, self.config.data.micro_batch_size, dist.rank(), dist.world_size()
-        )
+        share = self._share(task, self.config.data.micro_batch_size, dist.rank(), dist.world_size())
+        return self._evaluation(task, self.num_held_back, share)
+
+    @property
+    def num_held_back(self) -> int:
+        """How many validation samples are used."""
+        return min(self.config.evaluation.samples, self.validation.num_samples) if self.validation else 0
 
     def panel_batch(self, task: Task) -> Batch:
         """The images of the panel, the same ones every time and on every rank."""
         assert self.validation is not None
         count = min(self.config.logging.panel_images, self.validation.num_samples)
-        return next(self._evaluation(task, count, count, 0, 1))
+        return next(self._evaluation(task, count, self._share(task, count, 0, 1)))
 
-    def _evaluation(
-        self, task: Task, num_samples: int, micro_batch_size: int, rank: int, world_size: int
-    ) -> Iterator[Batch]:
+    def check_held_back(self, lost: list[Quarantined]) -> None:
+        """
+        Raises:
+            DataError: more validation samples are damaged than the run allows.
+        """
+        share = self.config.data.max_quarantined_share
+        if len(lost) > share * self.num_held_back:
+            error = DataError(
+                f"{len(lost)} of {self.num_held_back} validation samples are damaged, data.max_quarantined_share is "
+                f"{share:.3%}; the first: {lost[0].cause}",
+                "swinv2-scale shards verify lists all of them",
+            )
+            error.is_shared = True
+            raise error
+
+    def _evaluation(self, task: Task, num_samples: int, share: Share) -> Iterator[Batch]:
         assert self.validation is not None
-        return evaluation_batches(
-            self.validation,
-            Order(self.validation.sizes, self.config.seed, shuffle=False, shuffle_shards=1),
-            task.evaluation_sample,
-            num_samples=min(num_samples, self.validation.num_samples),
+        order = Order.of(self.validation.sizes, self.config.seed, shuffle=False, shuffle_shards=1)
+        dataset = self._dataset(self.validation, order, task.evaluation_sample, "evaluation")
+        return evaluation_batches(dataset, share, num_samples)
+
+    def _dataset(
+        self, shards: ShardSet, order: Order, make_sample: MakeSample, fixed_epoch: str | None = None
+    ) -> PositionDataset:
+        skip_damaged = self.config.data.max_quarantined_share > 0
+        return PositionDataset(ShardReader(shards, self._remote), order, make_sample, skip_damaged, fixed_epoch)
+
+    def _share(self, task: Task, micro_batch_size: int, rank: int, world_size: int) -> Share:
+        data = self.config.data
+        return Share(
+            global_batch_size=data.global_batch_size,
             micro_batch_size=micro_batch_size,
             rank=rank,
             world_size=world_size,
+            num_workers=data.num_workers,
+            prefetch_batches=data.prefetch_batches,
+            prefetch_bytes=data.prefetch_bytes,
+            sample_bytes=task.sample_bytes,
         )
 
 
@@ -76,7 +123,7 @@ def open_inputs(config: RunConfig) -> Inputs:
         DataError: on every rank: no shards, damaged ones, too few samples, or training samples held back.
         OutputError: embedded shards can't be written.
     """
-    train = _open_shard_set(config, config.data.train, "training")
+    train = _open_shard_set(config, config.data.train, "training", config.data.train_weights is not None)
     if train.num_samples < config.data.global_batch_size:
         raise DataError(
             f"data.train has {train.num_samples} samples, fewer than data.global_batch_size "
@@ -85,28 +132,74 @@ def open_inputs(config: RunConfig) -> Inputs:
         )
     if config.data.validation is None:
         return Inputs(config, train, None)
-    validation = _open_shard_set(config, config.data.validation, "validation")
+    validation = _open_shard_set(config, config.data.validation, "validation", is_mixture=False)
+    if not validation.num_samples:
+        raise DataError("data.validation has no samples", "name shards that have some, or leave the key out")
     both = {entry.sha256 for entry in train.entries} & {entry.sha256 for entry in validation.entries}
     if both:
-        name = next(path for path, entry in zip(train.paths, train.entries, strict=True) if entry.sha256 in both)
+        name = next(name for name, entry in zip(train.locations, train.entries, strict=True) if entry.sha256 in both)
         raise DataError(f"{name} is in data.train and in data.validation", "hold some shards back")
     return Inputs(config, train, validation)
 
 
-def _open_shard_set(config: RunConfig, pattern: str | tuple[str, ...], use: str) -> ShardSet:
-    if isinstance(pattern, str) and pattern.startswith(EMBEDDED_PREFIX):
-        name = pattern
-        pattern = dist.on_rank_zero(lambda: embedded_shards(name, Path(config.data.shards_dir)), f"writing {name}")
-    wanted = pattern
-    # Rank 0 reads the manifests, one rank of each node looks for the files.
-    shards = dist.on_rank_zero(lambda: read_shard_set(wanted), f"opening the {use} shards")
-    dist.all_agree(lambda: shards.check_files() if dist.local_rank() == 0 else None, f"checking the {use} shards")
+def _open_shard_set(config: RunConfig, pattern: ShardPattern, use: str, is_mixture: bool) -> ShardSet:
+    def read() -> ShardSet:
+        remote = RemoteFiles(config.data.remote)
+        patterns = [
+            embedded_shards(part, Path(config.data.shards_dir)) if part.startswith(EMBEDDED_PREFIX) else part
+            for part in patterns_of(pattern)
+        ]
+        for part in patterns:
+            if part.startswith(PIPE_PREFIX):  # said now, not by the first sample
+                pipe_command(part, config.data.remote.allowed_commands)
+        if not is_mixture:
+            return read_shard_set(patterns, remote, config.data.index_dir)
+        sources = [read_shard_set(part, remote, config.data.index_dir) for part in patterns]
+        for part, source in zip(patterns, sources, strict=True):
+            if not source.num_samples:
+                raise DataError(f"{part} has no samples", "leave it out of data.train and data.train_weights")
+        return ShardSet.joined(sources)
+
+    shards = dist.on_rank_zero(read, f"opening the {use} shards")
+    _check_files(config, shards, use)
     log().info(
         "%s data: %s samples in %d shards, %.1f MiB (%s)",
         use,
         f"{shards.num_samples:,}",
-        len(shards.paths),
+        len(shards.locations),
         shards.num_bytes / 2**20,
-        shards.paths[0].parent,
+        shards.names[0].rpartition("/")[0] or ".",
     )
+    _warn_about_cache(config, shards)
     return shards
+
+
+def _check_files(config: RunConfig, shards: ShardSet, use: str) -> None:
+    """One process of each node looks for the files."""
+
+    def look() -> list[FileProblem] | None:
+        return shards.file_problems(RemoteFiles(config.data.remote)) if dist.local_rank() == 0 else None
+
+    found = dist.gather(dist.all_agree(look, f"checking the {use} shards"))
+    nodes = [problems for problems in found if problems is not None]
+    problems = max(nodes, key=len)
+    missing = sum(shards.entries[shard].samples for shard in {p.shard for p in problems if p.is_missing})
+    share = config.data.max_quarantined_share
+    # What one node alone misses would make the substitutes depend on the number of nodes.
+    if not share or missing > share * shards.num_samples or any(other != nodes[0] for other in nodes):
+        raise_file_problems(problems)
+    for problem in problems:
+        log().warning("%s; its samples will be put into quarantine", problem.message)
+
+
+def _warn_about_cache(config: RunConfig, shards: ShardSet) -> None:
+    mixed = min(config.data.shuffle_shards, len(shards.entries)) if config.data.shuffle else 1
+    read_at_once = sum(sorted((entry.bytes for entry in shards.entries), reverse=True)[:mixed])
+    if any(map(is_remote, shards.locations)) and read_at_once > config.data.remote.cache_bytes:
+        log().warning(
+            "samples are mixed over %d shards, %.1f GiB, and data.remote.cache_bytes holds %.1f GiB: parts of shards "
+            "will be fetched more than once; raise it, or lower data.shuffle_shards",
+            mixed,
+            read_at_once / 2**30,
+            config.data.remote.cache_bytes / 2**30,
+        )

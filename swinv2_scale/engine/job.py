@@ -14,6 +14,7 @@ import torch
 from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import RunConfig
+from swinv2_scale.data.ledger import Quarantined
 from swinv2_scale.engine import activation_checkpointing, checkpoint, evaluate, zero
 from swinv2_scale.engine.deepspeed_config import accumulation_steps, read_back, translate
 from swinv2_scale.engine.deepspeed_import import deepspeed, deepspeed_logger
@@ -118,19 +119,20 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
         return ExitCode.DONE
 
     task: Task = task_type(config)
+    batches = inputs.training(task, state.step, last_step)  # starts no worker before the first is asked for
     engine = build_engine(config, task, loading, will_load=found is not None)
     if found:
         checkpoint.load(engine, found)
     output = dist.all_agree(
         lambda: Output(loaded, directory, state.step) if dist.rank() == 0 else None, "opening the run's files"
     )
-    batches = inputs.training(task, state.step, last_step)
     progress = ProgressLine(config.optim.total_steps, config.logging.console_every_steps, dist.rank() == 0)
     loop = Loop(
         engine=engine,
         task=task,
         config=config,
         state=state,
+        order=inputs.order,
         batches=batches,
         num_micro_batches=num_micro_batches,
         between_steps=_BetweenSteps(engine, task, inputs, directory, output),
@@ -172,8 +174,11 @@ class _BetweenSteps:
         path = checkpoint.publish(self.engine, self.directory.checkpoints, state, facts, config.checkpoint.keep)
         log().info("step %d: checkpoint %s (%.1f s)", state.step, path, time.perf_counter() - started)
 
-    def validate(self) -> float:
-        return evaluate.validation_loss(self.engine, self.task, self.inputs.held_back(self.task))
+    def validate(self, step: int) -> float:
+        loss, lost = evaluate.validation_loss(self.engine, self.task, self.inputs.held_back(self.task))
+        dist.all_agree(lambda: self._list(lost, step, "validation"), "writing the quarantine list")
+        self.inputs.check_held_back(lost)
+        return loss
 
     def draw_panel(self, step: int) -> None:
         task_config = self.inputs.config.task
@@ -185,6 +190,14 @@ class _BetweenSteps:
     def write_row(self, row: dict[str, Any]) -> None:
         if self.output:
             self.output.row(row)
+
+    def list_quarantined(self, lost: list[Quarantined], step: int) -> None:
+        self._list(lost, step, "training")
+
+    def _list(self, lost: list[Quarantined], step: int, use: str) -> None:
+        if self.output and lost and self.output.quarantine(lost, step, use):
+            done = "replaced" if use == "training" else "left out"
+            log().warning("step %d: %d damaged %s samples %s, one: %s", step, len(lost), use, done, lost[0].cause)
 
 
 def _check_cluster(config: RunConfig) -> None:

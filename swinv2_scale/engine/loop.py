@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 
 from swinv2_scale import dist
-from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.run import RunConfig, patterns_of
+from swinv2_scale.data.ledger import EpochAccount, Ledger, Quarantined
 from swinv2_scale.data.loader import Batch
+from swinv2_scale.data.order import Order
 from swinv2_scale.engine.optim import learning_rate
 from swinv2_scale.engine.preemption import StopRequest
 from swinv2_scale.engine.step import StepResult, TrainState, train_step
@@ -23,7 +25,7 @@ from swinv2_scale.telemetry.metrics import peak_memory_bytes
 
 
 class BetweenSteps(Protocol):
-    """What happens besides training. Everything but ``write_row`` is called by all ranks together."""
+    """What happens besides training. All ranks call each of these together."""
 
     @property
     def has_validation(self) -> bool: ...
@@ -32,7 +34,7 @@ class BetweenSteps(Protocol):
         """Publish a checkpoint."""
         ...
 
-    def validate(self) -> float:
+    def validate(self, step: int) -> float:
         """The validation loss."""
         ...
 
@@ -44,6 +46,10 @@ class BetweenSteps(Protocol):
         """Keep a metrics row; may raise OSError on rank 0."""
         ...
 
+    def list_quarantined(self, lost: list[Quarantined], step: int) -> None:
+        """Write down which samples of a step were replaced; may raise OSError on rank 0."""
+        ...
+
 
 @dataclass
 class Loop:
@@ -51,6 +57,7 @@ class Loop:
 
     Args:
         engine: the live DeepSpeed engine.
+        order: of the samples that the batches hold.
         batches: this rank's micro-batches from ``state`` on.
         num_micro_batches: how many of them make a step.
         last_step: stop cleanly after this one; the schedule doesn't know about it.
@@ -60,6 +67,7 @@ class Loop:
     task: Task
     config: RunConfig
     state: TrainState
+    order: Order
     batches: Iterator[Batch]
     num_micro_batches: int
     between_steps: BetweenSteps
@@ -86,9 +94,11 @@ class Loop:
                 return ExitCode.STOPPED
             lr = learning_rate(self.state.step, self.config.optim)
             result = train_step(self.engine, self.task, batches, lr)
-            self.state = self.state.advanced(self.config.data.global_batch_size, result.is_applied)
-            failure = self._finish_step(result, lr, waited, started)
+            ledger, overdrawn = self._accounted(result)
+            self.state = self.state.advanced(self.config.data.global_batch_size, result.is_applied, ledger)
+            failure = self._finish_step(result, lr, waited, started, batches)
             self._check_skipped(result)
+            self._check_quarantined(overdrawn)
             if self.state.step % self.config.checkpoint.every_steps == 0 or self.state.step == self.last_step:
                 dist.all_agree(partial(_raise_if, failure), "writing the metrics")
                 self.between_steps.save(self.state)
@@ -118,6 +128,41 @@ class Loop:
             log().info("stopping after step %d: %s", self.state.step, name)
         return bool(must_stop)
 
+    def _accounted(self, result: StepResult) -> tuple[Ledger, EpochAccount | None]:
+        """The ledger after a step, and an epoch with more in quarantine than is allowed.
+
+        Epochs that are over are checked against the manifest and closed.
+        """
+        first, samples = self.state.samples_seen, self.config.data.global_batch_size
+        ledger = self.state.ledger.with_step(self.order.epochs(first, first + samples), result.tally)
+        overdrawn = ledger.overdrawn(self.order, self.config.data.max_quarantined_share)
+        ledger, over = ledger.closed(self.order, first + samples)
+        for account in over:
+            if self.order.sources[account.source].num_samples >= samples:  # else there would be a line a step
+                log().info(
+                    "epoch %d%s is over: %s samples read + %s in quarantine, as many as the manifest has",
+                    account.number,
+                    self._of_source(account),
+                    f"{account.consumed:,}",
+                    f"{account.quarantined:,}",
+                )
+        return ledger, overdrawn
+
+    def _of_source(self, account: EpochAccount) -> str:
+        return f" of {patterns_of(self.config.data.train)[account.source]}" if len(self.order.sources) > 1 else ""
+
+    def _check_quarantined(self, account: EpochAccount | None) -> None:
+        if account:
+            size = self.order.sources[account.source].num_samples
+            error = DataError(
+                f"{account.quarantined} of {size:,} training samples{self._of_source(account)} are in quarantine in "
+                f"epoch {account.number}, more than data.max_quarantined_share "
+                f"{self.config.data.max_quarantined_share:.3%} allows; they are listed in RUN/quarantine.jsonl",
+                "swinv2-scale shards verify finds all that are damaged; replace those shards, or allow more",
+            )
+            error.is_shared = True
+            raise error
+
     def _check_skipped(self, result: StepResult) -> None:
         if result.is_applied:
             return
@@ -135,7 +180,9 @@ class Loop:
                 "checkpoint; weights in it are finite",
             )
 
-    def _finish_step(self, result: StepResult, lr: float, waited: float, started: float) -> ScaleError | None:
+    def _finish_step(
+        self, result: StepResult, lr: float, waited: float, started: float, batches: list[Batch]
+    ) -> ScaleError | None:
         """Metrics, validation and panel of a step; returns rank 0's failure to write, to be told at the boundary."""
         step, evaluation, logging = self.state.step, self.config.evaluation, self.config.logging
         seconds = time.perf_counter() - started
@@ -153,14 +200,20 @@ class Loop:
         }
         if not result.is_applied:
             row["skipped"] = True
+        lost: list[Quarantined] = []
+        if num_lost := sum(quarantined for _, quarantined, *_ in result.tally):
+            row["quarantined"] = num_lost
+            lost = [sample for mine in dist.gather([q for b in batches for q in b.quarantined]) for sample in mine]
         is_end = step == self.config.optim.total_steps
         if self.between_steps.has_validation and _is_due(step, evaluation.every_steps, is_end):
-            row["validation_loss"] = self.between_steps.validate()
+            row["validation_loss"] = self.between_steps.validate(step)
             log().info("step %d: validation loss %.4f", step, row["validation_loss"])
         self.progress.show(step, result.loss, rate, waited / seconds, seconds, peak_memory_bytes(self.engine.device))
         failure: ScaleError | None = None
         try:
             self.between_steps.write_row(row)
+            if lost:
+                self.between_steps.list_quarantined(lost, step)
         except OSError as error:
             failure = OutputError(f"cannot write the metrics of step {step}: {error}", "free some space")
         if self.between_steps.has_validation and _is_due(step, logging.panel_every_steps, is_end):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from PIL.Image import Image
 
 from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig, to_yaml
+from swinv2_scale.data.ledger import Quarantined
 from swinv2_scale.engine.checkpoint import remove_unpublished
 from swinv2_scale.engine.resume import versions
 from swinv2_scale.engine.run_dir import RunDirectory
-from swinv2_scale.telemetry.metrics import MetricsFile
+from swinv2_scale.telemetry.metrics import MetricsFile, read_metrics
 from swinv2_scale.telemetry.tensorboard import TensorBoard
 
 
@@ -31,6 +34,8 @@ class Output:
         directory.record_life(from_step=resumed_step, world_size=dist.world_size(), **versions())
         self._panels = directory.panels
         self._metrics = MetricsFile(directory.metrics, resumed_step)
+        self._quarantine = MetricsFile(directory.quarantine, resumed_step)
+        self._listed = {_identity(row) for row in read_metrics(directory.quarantine)}
         self._board = TensorBoard(directory.tensorboard, resumed_step) if loaded.config.logging.tensorboard else None
 
     def row(self, row: dict[str, Any]) -> None:
@@ -38,6 +43,19 @@ class Output:
         self._metrics.write(row)
         if self._board:
             self._board.row(row)
+
+    def quarantine(self, lost: Iterable[Quarantined], step: int, use: str) -> int:
+        """List samples that couldn't be used, each once an epoch.
+
+        Returns:
+            how many of them weren't listed yet.
+        """
+        rows = [{"step": step, "use": use, **asdict(sample)} for sample in sorted(lost, key=lambda q: q.position)]
+        new = [row for row in rows if _identity(row) not in self._listed]
+        for row in new:
+            self._quarantine.write(row)
+            self._listed.add(_identity(row))
+        return len(new)
 
     def panel(self, image: Image, step: int) -> None:
         """One step's picture."""
@@ -48,8 +66,14 @@ class Output:
     def sync(self) -> None:
         """Before a checkpoint says that the steps so far exist."""
         self._metrics.sync()
+        self._quarantine.sync()
 
     def close(self) -> None:
         self._metrics.close()
+        self._quarantine.close()
         if self._board:
             self._board.close()
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["use"], row["epoch"], row["position"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swinv2_scale import dist
+from swinv2_scale.data.ledger import Ledger
 from swinv2_scale.data.loader import Batch
 from swinv2_scale.engine.guards import Update, guarded_update, spoil_gradient_if_not_finite
 from swinv2_scale.tasks.base import Task
@@ -21,13 +22,15 @@ class TrainState:
     step: int = 0  # updates so far, skipped ones included
     samples_seen: int = 0
     skipped_in_a_row: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
 
-    def advanced(self, samples: int, is_applied: bool) -> TrainState:
+    def advanced(self, samples: int, is_applied: bool, ledger: Ledger) -> TrainState:
         return replace(
             self,
             step=self.step + 1,
             samples_seen=self.samples_seen + samples,
             skipped_in_a_row=0 if is_applied else self.skipped_in_a_row + 1,
+            ledger=ledger,
         )
 
 
@@ -39,6 +42,7 @@ class StepResult:
     grad_norm: float
     is_applied: bool
     data_digest: str
+    tally: list[list[int]]  # of the step's epochs, see data/ledger.py
 
 
 def train_step(engine: Any, task: Task, batches: list[Batch], lr: float) -> StepResult:
@@ -60,10 +64,13 @@ def train_step(engine: Any, task: Task, batches: list[Batch], lr: float) -> Step
     update: Update = guarded_update(engine)
     mean = torch.stack(losses).double().mean()
     loss_sum = dist.sum_over_ranks(mean).item()
-    digest = torch.tensor(sum(batch.digest for batch in batches), dtype=torch.int64, device=engine.device)
+    digest = torch.tensor([sum(batch.digest for batch in batches)], dtype=torch.int64)
+    tally = torch.stack([batch.tally for batch in batches]).sum(0)
+    counts = dist.sum_over_ranks(torch.cat((digest, tally.flatten())).to(engine.device)).cpu()
     return StepResult(
         loss=loss_sum / dist.world_size(),
         grad_norm=update.grad_norm,
         is_applied=update.is_applied,
-        data_digest=f"{int(dist.sum_over_ranks(digest).item()):016x}",
+        data_digest=f"{int(counts[0]):016x}",
+        tally=counts[1:].view_as(tally).tolist(),
     )

@@ -8,12 +8,15 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from swinv2_scale.data.loader import Batch, Sample
-from swinv2_scale.data.reader import Record
+from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.draws import Draw
 
 
 class Task(Protocol):
     """One kind of training. ``model`` below is the DeepSpeed engine around what ``build_model`` returned."""
+
+    #: What the arrays of one sample take, at most; the loader's memory is planned with it.
+    sample_bytes: int
 
     def build_model(self) -> nn.Module:
         """The module with its loss inside, parameters uninitialised; called under ``zero.Init`` at stage 3."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from swinv2_scale.data.decode import IMAGE_FORMATS, decode_image
-from swinv2_scale.data.reader import Record
-from swinv2_scale.data.transforms import central_resized_crop, to_array
+from swinv2_scale.data.images.decode import IMAGE_FORMATS, PixelFormat, decode_image, open_image
+from swinv2_scale.data.images.transforms import central_resized_crop
+from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.errors import ConfigError, DataError, OutputError, WeightsError
 from swinv2_scale.models.backbone import SwinV2
 from swinv2_scale.weights.api import load_into
@@ -74,12 +74,12 @@ class Classifier:
         except OSError as error:
             raise DataError(f"cannot read the image {path}: {error}", "check the path") from None
         record = Record(str(path), str(path), {path.suffix.lower().lstrip("."): content})
-        image = decode_image(record, config.in_channels, upright=True)
-        pixels = torch.tensor(to_array(central_resized_crop(image, config.image_shape, "bicubic", _CROP_SHARE)))
+        picture = open_image(record, PixelFormat(config.in_channels))
+        pixels = torch.tensor(central_resized_crop(picture, config.image_shape, "bicubic", _CROP_SHARE))
         logits = self.model(((pixels / 255 - self._mean) / self._std)[None])[0]
         best = logits.softmax(-1).topk(min(top_k, len(self.names)))
         top = tuple((self.names[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True))
-        thumbnail = image.convert("RGB")
+        thumbnail = decode_image(record)
         thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
         return Prediction(path, thumbnail, top)
 

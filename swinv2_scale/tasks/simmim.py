@@ -6,6 +6,7 @@ Shapes: images (B, C_in, H, W); ``hidden`` (B, H/unit, W/unit), True = hidden, e
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swinv2_scale.config.run import RunConfig
-from swinv2_scale.data.decode import decode_image
+from swinv2_scale.data.images.decode import evaluation_format, open_image, training_format
+from swinv2_scale.data.images.resize import mirrored
+from swinv2_scale.data.images.transforms import central_resized_crop, random_resized_crop
 from swinv2_scale.data.loader import Batch, Sample
-from swinv2_scale.data.reader import Record
-from swinv2_scale.data.transforms import central_resized_crop, random_resized_crop, to_array
+from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.draws import Draw
 from swinv2_scale.geometry import Size
 from swinv2_scale.models.backbone import SwinV2
@@ -65,7 +67,7 @@ class SimMIM(nn.Module):
     def forward(self, images: Tensor, hidden: Tensor, drop_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
         Args:
-            images: uint8 (B, C_in, H, W).
+            images: (B, C_in, H, W) of the configured pixel type.
             hidden: bool (B, H/unit, W/unit).
             drop_keys: int64 (B,) for drop path; None drops nothing.
 
@@ -91,10 +93,8 @@ class SimMIM(nn.Module):
         return (error * hidden_pixels).sum((1, 2, 3)) / count, prediction
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 pixels to float32 of about zero mean and unit variance."""
-        mean = torch.tensor(self.pixel_mean, dtype=torch.float32, device=images.device)[:, None, None]
-        std = torch.tensor(self.pixel_std, dtype=torch.float32, device=images.device)[:, None, None]
-        return (images.float() / 255 - mean) / std
+        """Pixels of any type to float32 of about zero mean and unit variance."""
+        return _normalised(images, self.pixel_mean, self.pixel_std)
 
     def target(self, pixels: Tensor) -> Tensor:
         """What is to be predicted: the pixels, or the pixels normalised by a sliding window around each.
@@ -122,29 +122,34 @@ class SimMIMTask:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.units = tuple(length // config.task.mask_patch_size for length in config.model.image_shape)
+        num_values = config.model.in_channels * math.prod(config.model.image_shape)
+        drop_key_bytes = 8
+        self.sample_bytes = (
+            num_values * np.dtype(config.data.pixel_type).itemsize + math.prod(self.units) + drop_key_bytes
+        )
+        self._training_format, self._evaluation_format = training_format(config), evaluation_format(config)
 
     def build_model(self) -> nn.Module:
         return SimMIM(self.config)
 
     def training_sample(self, record: Record, draw: Draw) -> Sample:
         task = self.config.task
-        image = random_resized_crop(
-            decode_image(record, self.config.model.in_channels),
+        pixels = random_resized_crop(
+            open_image(record, self._training_format),
             self.config.model.image_shape,
             task.crop_scale,
             task.crop_ratio,
             task.interpolation,
-            draw.generator("crop"),
+            draw.uniforms("crop"),
         )
-        pixels = to_array(image)
-        if draw.generator("flip").random() < task.flip_probability:
-            pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+        if next(draw.uniforms("flip")) < task.flip_probability:
+            pixels = mirrored(pixels)
         return self._sample(pixels, draw)
 
     def evaluation_sample(self, record: Record, draw: Draw) -> Sample:
-        image = decode_image(record, self.config.model.in_channels)
-        cropped = central_resized_crop(image, self.config.model.image_shape, self.config.task.interpolation)
-        return self._sample(to_array(cropped), draw)
+        picture = open_image(record, self._evaluation_format)
+        pixels = central_resized_crop(picture, self.config.model.image_shape, self.config.task.interpolation)
+        return self._sample(pixels, draw)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         keys = batch.arrays["drop_keys"] if self.config.model.drop_path_rate else None
@@ -161,22 +166,22 @@ class SimMIMTask:
         """Rows of original | masked | reconstruction; the reconstruction shows visible pixels as they are.
 
         A normalised target has no brightness of its own, and borrowing the target's would leak it: such predictions
-        are shown around mid-grey.
+        are shown around mid-grey. So is everything in float32, whose range nobody knows.
         """
+        data = self.config.data
         images, hidden = batch.arrays["images"], batch.arrays["hidden"]
         _, prediction = model(images, hidden)
-        if self.config.task.target_norm_window:
-            predicted = 0.5 + prediction.cpu() / 6
-        else:
-            mean = torch.tensor(self.config.data.pixel_mean)[:, None, None]
-            predicted = prediction.cpu() * torch.tensor(self.config.data.pixel_std)[:, None, None] + mean
-        predicted = (predicted.clamp(0, 1) * 255).round().to(torch.uint8)
+        prediction, normalised = prediction.cpu(), _normalised(images.cpu(), data.pixel_mean, data.pixel_std)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.pixel_mean, data.pixel_std))
+        around_grey = images.dtype == torch.float32
+        original = _shown(0.5 + normalised / 6 if around_grey else normalised * std + mean)
+        around_grey = around_grey or bool(self.config.task.target_norm_window)
+        predicted = _shown(0.5 + prediction / 6 if around_grey else prediction * std + mean)
         mask = _repeated(hidden.cpu(), self.config.task.mask_patch_size)[:, None]
-        original = images.cpu()
         masked = torch.where(mask, torch.full_like(original, _HIDDEN_GREY), original)
         return draw_panel([original, masked, torch.where(mask, predicted, original)], title)
 
-    def _sample(self, pixels: NDArray[np.uint8], draw: Draw) -> Sample:
+    def _sample(self, pixels: NDArray[Any], draw: Draw) -> Sample:
         return {
             "images": pixels,
             "hidden": draw_hidden(self.units, self.config.task.mask_ratio, draw),
@@ -210,6 +215,21 @@ def draw_panel(columns: list[Tensor], title: str) -> Image.Image:
             picture.paste(Image.fromarray(pixels).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
             pen.text((x, 18), names[place], fill="black")
     return picture
+
+
+def _normalised(images: Tensor, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> Tensor:
+    """Float32 of (value / the type's largest - mean) / std; float32 values are taken as they are."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+        for values in (pixel_mean, pixel_std)
+    )
+    largest = 1 if images.dtype.is_floating_point else torch.iinfo(images.dtype).max
+    return (images.float() / largest - mean) / std
+
+
+def _shown(brightness: Tensor) -> Tensor:
+    """0..1 to uint8, clipped."""
+    return (brightness.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _repeated(hidden: Tensor, times: int) -> Tensor:

@@ -102,7 +102,7 @@ def test_a_byte_flipped_in_a_sample_stops_the_run_when_it_is_read(config: Path, 
             data[position] ^= 1
         tar.write_bytes(data)
     finished = pretrain("--config", config, "--run-dir", tmp_path / "run", f"data.train={broken}/*.tar", processes=2)
-    assert_refused(finished, 65, "is damaged: its checksum differs")
+    assert_refused(finished, 65, "is damaged: its checksum differs", "data.max_quarantined_share")
 
 
 def test_fewer_samples_than_a_global_batch(config: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from swinv2_scale.data.sources import fashion_mnist
-from swinv2_scale.data.writer import write_shards
+from swinv2_scale.data.shards.writer import write_shards
+from swinv2_scale.data.sources.embedded import fashion_mnist
 from tests.support.processes import Job, pretrain, start_pretrain
 from tests.support.small_run import metrics, write_config
 

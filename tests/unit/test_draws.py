@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -249,3 +249,19 @@ def test_keys_are_64_bits_without_a_sign():
     # Every bit is set about half of the time: 500 +- 5 standard deviations of sqrt(1000 / 4).
     for bit in range(64):
         assert abs(sum(key >> bit & 1 for key in keys) - 500) < 5 * math.sqrt(250)
+
+
+def test_uniform_numbers_are_the_purposes_own_spread_evenly_and_alike_every_time() -> None:
+    found = np.array(list(islice(Draw(1, 2, "a").uniforms("crop"), 20_000)))
+    assert list(found[:5]) == list(islice(Draw(1, 2, "a").uniforms("crop"), 5))
+    assert found.min() >= 0
+    assert found.max() < 1
+    assert (found * 2**53 % 1 == 0).all()
+    # 100 bins of 200 on average: chi-square of 99 degrees of freedom is below 149 with probability 0.999.
+    counts = np.histogram(found, 100, (0, 1))[0]
+    assert ((counts - 200) ** 2 / 200).sum() < 149
+    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.03  # four standard deviations
+    firsts = [next(Draw(1, 2, f"{i}").uniforms("crop")) for i in range(2000)]
+    assert len(set(firsts)) == 2000
+    assert abs(np.mean(firsts) - 0.5) < 0.03
+    assert next(Draw(1, 2, "a").uniforms("flip")) != found[0]

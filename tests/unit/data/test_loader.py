@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -13,14 +14,23 @@ import pytest
 import torch
 from PIL import Image
 
-from swinv2_scale.data.loader import Batch, Sample, evaluation_batches, sample_digest, training_batches
-from swinv2_scale.data.manifest import INDEX_ENTRY, ShardSet, index_path, read_shard_set
+from swinv2_scale.data.loader import (
+    Batch,
+    MakeSample,
+    PositionDataset,
+    Sample,
+    Share,
+    evaluation_batches,
+    sample_digest,
+    training_batches,
+)
 from swinv2_scale.data.order import Order
-from swinv2_scale.data.reader import Record, ShardReader
-from swinv2_scale.data.sources import fashion_mnist
-from swinv2_scale.data.writer import write_shards
+from swinv2_scale.data.shards.manifest import INDEX_ENTRY, ShardSet, read_shard_set
+from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.writer import write_shards
+from swinv2_scale.data.sources.embedded import fashion_mnist
 from swinv2_scale.draws import Draw
-from swinv2_scale.errors import DataError
+from swinv2_scale.errors import ConfigError, DataError, OutputError, SampleError
 
 torch.set_num_threads(1)
 
@@ -48,23 +58,39 @@ def make_sample(record: Record, draw: Draw) -> Sample:
 
 
 def order_of(shards: ShardSet, shuffle: bool = True) -> Order:
-    return Order(shards.sizes, seed=3, shuffle=shuffle, shuffle_shards=3)
+    return Order.of(shards.sizes, seed=3, shuffle=shuffle, shuffle_shards=3)
 
 
-def train(shards: ShardSet, **options: int) -> list[Batch]:
-    """Batches of steps 0 to 5 in one process unless told otherwise: six steps of 12, almost two epochs of 40."""
+def dataset_of(
+    shards: ShardSet,
+    make: MakeSample = make_sample,
+    *,
+    shuffle: bool = True,
+    skip: bool = False,
+    epoch: str | None = None,
+) -> PositionDataset:
+    return PositionDataset(ShardReader(shards), order_of(shards, shuffle), make, skip, epoch)
+
+
+def share_of(**options: int) -> Share:
     wanted = {
-        "start_step": 0,
-        "end_step": 6,
         "global_batch_size": 12,
         "micro_batch_size": 6,
         "rank": 0,
         "world_size": 1,
         "num_workers": 0,
         "prefetch_batches": 2,
+        "prefetch_bytes": 2**30,
+        "sample_bytes": 28 * 28 + 16,
         **options,
     }
-    return list(training_batches(shards, order_of(shards), make_sample, **wanted))
+    return Share(**wanted)
+
+
+def train(shards: ShardSet, **options: int) -> list[Batch]:
+    """Batches of steps 0 to 5 in one process unless told otherwise: six steps of 12, almost two epochs of 40."""
+    start, end = options.pop("start_step", 0), options.pop("end_step", 6)
+    return list(training_batches(dataset_of(shards), share_of(**options), start, end))
 
 
 def assert_same(found: list[Batch], wanted: list[Batch]) -> None:
@@ -138,50 +164,46 @@ def test_a_digest_tells_samples_and_their_places_apart() -> None:
     assert sample_digest(1, "a") + sample_digest(2, "b") != sample_digest(2, "a") + sample_digest(1, "b")
 
 
+def damage(shards: ShardSet, shard: int, sample: int) -> None:
+    """Flip a bit in the middle of a sample."""
+    offset, length, _ = INDEX_ENTRY.unpack_from(
+        Path(shards.index_locations[shard]).read_bytes(), sample * INDEX_ENTRY.size
+    )
+    path = Path(shards.locations[shard])
+    data = bytearray(path.read_bytes())
+    data[offset + length // 2] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_damaged_sample_is_a_data_error_at_the_batch_that_needs_it(tmp_path: Path, num_workers: int) -> None:
     shards = photographs(tmp_path / "s")
     place = order_of(shards).locate(20)  # in the second step's second micro-batch
-    path = shards.paths[place.shard]
-    offset, length, _ = INDEX_ENTRY.unpack_from(index_path(path).read_bytes(), place.sample * INDEX_ENTRY.size)
-    data = bytearray(path.read_bytes())
-    data[offset + length // 2] ^= 1
-    path.write_bytes(data)
-    batches = training_batches(
-        shards,
-        order_of(shards),
-        make_sample,
-        start_step=0,
-        end_step=6,
-        global_batch_size=12,
-        micro_batch_size=6,
-        rank=0,
-        world_size=1,
-        num_workers=num_workers,
-        prefetch_batches=2,
-    )
+    damage(shards, place.shard, place.sample)
+    batches = training_batches(dataset_of(shards), share_of(num_workers=num_workers), 0, 6)
     for _ in range(3):
         next(batches)
     with pytest.raises(DataError) as caught:
         next(batches)
-    assert f"{path}: sample {place.sample} " in caught.value.message
+    assert f"{shards.locations[place.shard]}: sample {place.sample} " in caught.value.message
     assert caught.value.next_step
     assert "Traceback" not in str(caught.value)
 
 
 def test_an_iterator_left_open_does_not_keep_the_process_from_ending(shards: ShardSet) -> None:
     script = (
-        "import sys, pathlib\n"
-        "from swinv2_scale.data.loader import training_batches\n"
-        "from swinv2_scale.data.manifest import read_shard_set\n"
+        "import numpy, sys\n"
+        "from swinv2_scale.data.loader import PositionDataset, Share, training_batches\n"
+        "from swinv2_scale.data.shards.manifest import read_shard_set\n"
         "from swinv2_scale.data.order import Order\n"
+        "from swinv2_scale.data.shards.reader import ShardReader\n"
         "shards = read_shard_set(sys.argv[1])\n"
-        "batches = training_batches(shards, Order(shards.sizes, 0, True, 4), lambda record, draw: {}, start_step=0,\n"
-        "    end_step=9, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1, num_workers=1,\n"
-        "    prefetch_batches=1)\n"
-        "next(batches)\n"
+        "order = Order.of(shards.sizes, 0, True, 4)\n"
+        "dataset = PositionDataset(ShardReader(shards), order, lambda record, draw: {'a': numpy.zeros(1)}, False)\n"
+        "share = Share(1, 1, 0, 1, num_workers=1, prefetch_batches=1, prefetch_bytes=999, sample_bytes=8)\n"
+        "next(training_batches(dataset, share, 0, 9))\n"
     )
-    pattern = str(shards.paths[0].parent / "*.tar")
+    pattern = str(Path(shards.locations[0]).parent / "*.tar")
     ended = subprocess.run([sys.executable, "-c", script, pattern], timeout=120, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
@@ -192,19 +214,7 @@ def refuse(record: Record, draw: Draw) -> Sample:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_sample_that_the_task_refuses_is_the_tasks_error_word_for_word(shards: ShardSet, num_workers: int) -> None:
-    batches = training_batches(
-        shards,
-        order_of(shards),
-        refuse,
-        start_step=0,
-        end_step=1,
-        global_batch_size=4,
-        micro_batch_size=4,
-        rank=0,
-        world_size=1,
-        num_workers=num_workers,
-        prefetch_batches=1,
-    )
+    batches = training_batches(dataset_of(shards, refuse), share_of(num_workers=num_workers), 0, 1)
     with pytest.raises(DataError, match=r"000\d\d\d\.tar: validation-\d+ is refused\n  next: do something else$"):
         next(batches)
 
@@ -220,18 +230,9 @@ def test_a_loader_leaves_torchs_generator_alone(shards: ShardSet) -> None:
 def test_an_evaluation_weighs_each_sample_once_and_keeps_ranks_in_step(
     shards: ShardSet, num_samples: int, world_size: int
 ) -> None:
+    dataset = dataset_of(shards, shuffle=False, epoch="evaluation")
     ranks = [
-        list(
-            evaluation_batches(
-                shards,
-                order_of(shards, shuffle=False),
-                make_sample,
-                num_samples=num_samples,
-                micro_batch_size=4,
-                rank=rank,
-                world_size=world_size,
-            )
-        )
+        list(evaluation_batches(dataset, share_of(micro_batch_size=4, rank=rank, world_size=world_size), num_samples))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -253,18 +254,145 @@ def test_an_evaluation_draws_the_same_numbers_every_time_and_for_any_rank(shards
     def draws(world_size: int, micro_batch_size: int) -> dict[int, float]:
         found: dict[int, float] = {}
         for rank in range(world_size):
-            for batch in evaluation_batches(
-                shards,
-                order_of(shards, shuffle=False),
-                make_sample,
-                num_samples=30,
-                micro_batch_size=micro_batch_size,
-                rank=rank,
-                world_size=world_size,
-            ):
+            share = share_of(micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
+            for batch in evaluation_batches(dataset_of(shards, shuffle=False, epoch="evaluation"), share, 30):
                 found.update(zip(batch.arrays["number"].tolist(), batch.arrays["random"].tolist(), strict=True))
         return found
 
     wanted = draws(1, 8)
     assert len(set(wanted.values())) == 30
     assert draws(1, 8) == draws(2, 4) == draws(3, 5) == wanted
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_that_may_skip_replaces_a_damaged_sample_by_the_same_one_for_any_split(
+    tmp_path: Path, num_workers: int
+) -> None:
+    shards = photographs(tmp_path / "s")
+    lost = {2: {1, 5}, 4: {0}}
+    for shard, samples in lost.items():
+        for sample in samples:
+            damage(shards, shard, sample)
+
+    def read(world_size: int, micro_batch_size: int, workers: int) -> list[list[Batch]]:
+        options = {"world_size": world_size, "micro_batch_size": micro_batch_size, "num_workers": workers}
+        return [
+            list(training_batches(dataset_of(shards, skip=True), share_of(rank=rank, **options), 0, 10))
+            for rank in range(world_size)
+        ]
+
+    whole = read(1, 12, num_workers)
+    split = read(2, 3, 0)
+    merged = [batch for micro_step in zip(*split, strict=True) for batch in micro_step]
+    for name in ("pixels", "random", "number"):
+        assert torch.equal(
+            torch.cat([batch.arrays[name] for batch in whole[0]]), torch.cat([batch.arrays[name] for batch in merged])
+        )
+    # 120 positions are three epochs of 40: each damaged sample is met three times, and no other.
+    for batches in (whole[0], merged):
+        listed = [q for batch in batches for q in batch.quarantined]
+        names = [(Path(q.shard).name, q.sample, q.epoch) for q in listed]
+        assert sorted(names) == sorted(
+            (f"{shard:06d}.tar", sample, epoch) for shard in lost for sample in lost[shard] for epoch in range(3)
+        )
+        assert all("checksum" in q.cause for q in listed)
+        tally = sum(batch.tally.sum(0) for batch in batches)
+        assert tally[:2].tolist() == [120 - 9, 9]
+    # Who stands in is itself whole, and drawn for with other numbers than as itself.
+    damaged_numbers = {8 * shard + sample for shard in lost for sample in lost[shard]}
+    assert not damaged_numbers & set(numbers(whole[0]))
+    drawn = [float(value) for batch in whole[0] for value in batch.arrays["random"]]
+    assert len(set(drawn)) == 120
+
+
+def test_when_everything_is_damaged_the_run_stops_even_if_it_may_skip(shards: ShardSet) -> None:
+    def refuse_all(record: Record, draw: Draw) -> Sample:
+        raise SampleError("is refused")
+
+    with pytest.raises(DataError, match="32 samples in a row are damaged, the last one: is refused"):
+        next(training_batches(dataset_of(shards, refuse_all, skip=True), share_of(), 0, 1))
+
+
+def test_a_damaged_sample_of_an_evaluation_has_no_weight_and_is_listed_once(tmp_path: Path) -> None:
+    shards = photographs(tmp_path / "s")
+    damage(shards, 1, 3)
+    for world_size in (1, 3):
+        listed, counted = [], []
+        for rank in range(world_size):
+            share = share_of(micro_batch_size=4, rank=rank, world_size=world_size)
+            for batch in evaluation_batches(
+                dataset_of(shards, shuffle=False, skip=True, epoch="evaluation"), share, 37
+            ):
+                listed += batch.quarantined
+                weights = batch.arrays["weight"].tolist()
+                counted += [n for n, weight in zip(batch.arrays["number"].tolist(), weights, strict=True) if weight]
+        assert [(q.sample, q.position, q.epoch) for q in listed] == [(3, 11, "evaluation")]
+        assert sorted(counted) == [number for number in range(37) if number != 11]
+
+
+def test_damage_that_fills_a_batch_with_repeats_is_listed_once(tmp_path: Path) -> None:
+    shards = photographs(tmp_path / "s")
+    damage(shards, 0, 1)
+    dataset = dataset_of(shards, shuffle=False, skip=True, epoch="evaluation")
+    (batch,) = evaluation_batches(dataset, share_of(micro_batch_size=8), 3)
+    assert [damaged.position for damaged in batch.quarantined] == [1]
+    assert batch.arrays["weight"].tolist() == [1, 0, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("prefetch_bytes", "num_workers", "prefetch_batches", "expected"),
+    [
+        (10**9, 4, 3, (4, 3)),
+        # Two batches make a step of twelve.
+        ((2 + 12) * 600, 4, 3, (4, 3)),
+        ((2 + 11) * 600, 4, 3, (4, 2)),
+        ((2 + 4) * 600, 4, 3, (4, 1)),
+        ((2 + 3) * 600, 4, 3, (3, 1)),
+        ((2 + 1) * 600, 4, 3, (1, 1)),
+        (2 * 600, 0, 3, (0, 0)),
+    ],
+)
+def test_workers_and_batches_ahead_are_cut_to_the_memory_that_is_allowed(
+    prefetch_bytes: int, num_workers: int, prefetch_batches: int, expected: tuple[int, int]
+) -> None:
+    share = share_of(
+        micro_batch_size=6,
+        sample_bytes=100,
+        prefetch_bytes=prefetch_bytes,
+        num_workers=num_workers,
+        prefetch_batches=prefetch_batches,
+    )
+    assert share.within_memory() == expected
+
+
+def test_a_bound_below_a_step_and_a_batch_is_refused_with_both_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"prefetch_bytes is 1,799; the 2 batches .* and one more, take 1,800"):
+        share_of(micro_batch_size=6, sample_bytes=100, prefetch_bytes=1799, num_workers=1).within_memory()
+
+
+def test_workers_never_make_more_batches_ahead_than_the_bound_holds(shards: ShardSet, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.touch()
+
+    def counted(record: Record, draw: Draw) -> Sample:
+        with made.open("ab") as file:
+            file.write(b".")
+        return make_sample(record, draw)
+
+    share = share_of(num_workers=4, prefetch_batches=5, prefetch_bytes=(2 + 3) * 6 * 800)  # three batches ahead
+    batches = training_batches(dataset_of(shards, counted), share, 0, 12)
+    for taken in range(1, 9):
+        next(batches)
+        time.sleep(0.05)  # the workers have time to run ahead, a slow trainer's
+        assert made.stat().st_size <= 6 * (taken + 3)
+    batches.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_other_errors_of_ours_come_out_of_workers_word_for_word(shards: ShardSet, num_workers: int) -> None:
+    def full_disk(record: Record, draw: Draw) -> Sample:
+        raise OutputError("the cache's disk is full", "make room")
+
+    batches = training_batches(dataset_of(shards, full_disk, skip=True), share_of(num_workers=num_workers), 0, 1)
+    with pytest.raises(OutputError, match=r"^the cache's disk is full\n  next: make room$"):
+        next(batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import resource
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,24 +14,39 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from swinv2_scale.data.manifest import (
+from swinv2_scale.data.order import Order
+from swinv2_scale.data.shards.manifest import (
     INDEX_ENTRY,
     ShardEntry,
     ShardSet,
     expand_pattern,
-    index_path,
-    index_shard,
+    index_folder,
+    index_location,
+    raise_file_problems,
     read_manifest,
     read_shard_set,
     sample_key,
+    split_location,
     write_manifest,
 )
-from swinv2_scale.data.order import Order
-from swinv2_scale.data.reader import ShardReader
-from swinv2_scale.data.writer import RawSample, write_shards
-from swinv2_scale.errors import DataError, OutputError
+from swinv2_scale.data.shards.reader import ShardReader
+from swinv2_scale.data.shards.writer import RawSample, write_shards
+from swinv2_scale.errors import DataError, OutputError, SampleError
+from tests.support.index_shard import index_shard
 
 Member = tuple[str, bytes | None]
+
+
+def tar_path(shards: ShardSet, number: int) -> Path:
+    return Path(shards.locations[number])
+
+
+def index_path(shards: ShardSet, number: int) -> Path:
+    return Path(shards.index_locations[number])
+
+
+def set_of(path: Path, entry: ShardEntry) -> ShardSet:
+    return ShardSet((str(path),), (entry,), (index_location(str(path)),))
 
 
 def raw_samples(count: int) -> list[RawSample]:
@@ -64,7 +80,7 @@ def tar_of(path: Path, members: list[Member], fmt: int = tarfile.USTAR_FORMAT) -
 def read_all(path: Path) -> list[tuple[str, dict[str, bytes]]]:
     """Index a tar and read every sample of it, last to first."""
     entry = index_shard(path)
-    reader = ShardReader(ShardSet((path,), (entry,)))
+    reader = ShardReader(set_of(path, entry))
     records = [reader.read(0, i) for i in reversed(range(entry.samples))][::-1]
     reader.close()
     return [(record.id.partition("/")[2], record.files) for record in records]
@@ -132,7 +148,7 @@ def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None
 
 def test_webdatasets_own_reader_reads_our_shards(tmp_path: Path) -> None:
     shards = write(tmp_path / "s")
-    read = webdataset.WebDataset([str(path) for path in shards.paths], shardshuffle=False)
+    read = webdataset.WebDataset(list(shards.locations), shardshuffle=False)
     found = [
         {key: value for key, value in sample.items() if key not in ("__url__", "__local_path__")} for sample in read
     ]
@@ -191,7 +207,7 @@ def test_an_index_holds_the_offset_length_and_checksum_of_each_sample(tmp_path: 
     # Members: 512 of header each, contents rounded up to 512.
     ranges = [(0, 512 + 1024 + 512 + 512), (2560, 4 * 512)]
     wanted = [(start, length, zlib.crc32(data[start : start + length])) for start, length in ranges]
-    assert list(INDEX_ENTRY.iter_unpack(index_path(path).read_bytes())) == wanted
+    assert list(INDEX_ENTRY.iter_unpack(path.with_name("s.tar.index").read_bytes())) == wanted
     assert (entry.name, entry.samples, entry.bytes) == ("s.tar", 2, len(data))
 
 
@@ -300,33 +316,33 @@ def test_a_sample_that_is_there_twice_is_refused(tmp_path: Path, between: list[M
 
 def test_missing_and_truncated_files_are_named_all_at_once(tmp_path: Path) -> None:
     shards = write(tmp_path / "s")
-    shards.check_files()
-    shards.paths[0].unlink()
-    shards.paths[1].write_bytes(shards.paths[1].read_bytes()[:-1])
-    index_path(shards.paths[2]).unlink()
+    raise_file_problems(shards.file_problems())
+    tar_path(shards, 0).unlink()
+    tar_path(shards, 1).write_bytes(tar_path(shards, 1).read_bytes()[:-1])
+    index_path(shards, 2).unlink()
     with pytest.raises(DataError) as caught:
-        shards.check_files()
+        raise_file_problems(shards.file_problems())
     message = str(caught.value)
-    assert f"{shards.paths[0]} is missing" in message
-    assert f"{shards.paths[1]} has " in message
-    assert f"{index_path(shards.paths[2])} is missing" in message
+    assert f"{tar_path(shards, 0)} is missing" in message
+    assert f"{tar_path(shards, 1)} has " in message
+    assert f"{index_path(shards, 2)} is missing" in message
     assert "3 shard files" in message
 
 
 def test_reading_from_a_shard_that_is_gone_or_cut_is_a_data_error(tmp_path: Path) -> None:
     shards = write(tmp_path / "s")
-    shards.paths[0].unlink()
-    shards.paths[1].write_bytes(shards.paths[1].read_bytes()[:600])
+    tar_path(shards, 0).unlink()
+    tar_path(shards, 1).write_bytes(tar_path(shards, 1).read_bytes()[:600])
     for shard in (0, 1):
-        with pytest.raises(DataError, match=shards.paths[shard].name):
+        with pytest.raises(DataError, match=tar_path(shards, shard).name):
             ShardReader(shards).read(shard, 3)
 
 
 def test_any_flipped_byte_inside_a_sample_is_found_and_its_neighbours_stay_readable(tmp_path: Path) -> None:
     shards = write(tmp_path / "s", count=3, samples_per_shard=3)
-    path = shards.paths[0]
+    path = tar_path(shards, 0)
     whole = path.read_bytes()
-    start, length, _ = INDEX_ENTRY.unpack_from(index_path(path).read_bytes(), INDEX_ENTRY.size)
+    start, length, _ = INDEX_ENTRY.unpack_from(index_path(shards, 0).read_bytes(), INDEX_ENTRY.size)
     for place in [*range(start, start + length, 97), start + length - 1]:
         data = bytearray(whole)
         data[place] ^= 1 << place % 8
@@ -341,12 +357,12 @@ def test_any_flipped_byte_inside_a_sample_is_found_and_its_neighbours_stay_reada
 
 def test_any_flipped_bit_of_an_index_entry_is_found(tmp_path: Path) -> None:
     shards = write(tmp_path / "s", count=3, samples_per_shard=3)
-    index = index_path(shards.paths[0])
-    whole = index.read_bytes()
+    path = index_path(shards, 0)
+    whole = path.read_bytes()
     for bit in range(8 * INDEX_ENTRY.size):
         data = bytearray(whole)
         data[INDEX_ENTRY.size + bit // 8] ^= 1 << bit % 8
-        index.write_bytes(data)
+        path.write_bytes(data)
         reader = ShardReader(shards)
         with pytest.raises(DataError, match=r"000000\.tar"):
             reader.read(0, 1)
@@ -358,8 +374,11 @@ def test_any_flipped_bit_of_an_index_entry_is_found(tmp_path: Path) -> None:
     [
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: text.replace("shards 1", "shards 2"),
+        lambda text: text.replace("shards 2", "shards 3"),
         lambda text: text.replace('"samples"', '"sample"'),
+        lambda text: text.replace('"samples": 4', '"samples": 3', 1),
+        lambda text: text.replace("a test", "a text"),
+        lambda text: text.replace('"digest": "', '"digest": "0'),
     ],
 )
 def test_a_spoilt_manifest_is_a_data_error_that_names_it(tmp_path: Path, spoil: Callable[[str], str]) -> None:
@@ -374,8 +393,16 @@ def test_a_manifest_is_plain_json_with_one_entry_a_shard(tmp_path: Path) -> None
     shards = write(tmp_path / "s")
     data = json.loads((tmp_path / "s" / "manifest.json").read_text())
     assert [item["name"] for item in data["shards"]] == ["000000.tar", "000001.tar", "000002.tar"]
-    assert data["made_by"] == "a test"
-    assert tuple(read_manifest(tmp_path / "s").values()) == shards.entries
+    assert data["made_by"] == {"command": "a test"}
+    assert tuple(read_manifest(str(tmp_path / "s")).entries.values()) == shards.entries
+
+
+def test_a_manifest_of_the_first_format_is_still_read(tmp_path: Path) -> None:
+    shards = write(tmp_path / "s")
+    path = tmp_path / "s" / "manifest.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({"format": "swinv2_scale shards 1", "made_by": "a test", "shards": data["shards"]}))
+    assert read_shard_set(str(tmp_path / "s" / "*.tar")) == shards
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
@@ -383,11 +410,11 @@ def test_a_manifest_is_plain_json_with_one_entry_a_shard(tmp_path: Path) -> None
 
 def test_resuming_at_nine_tenths_of_an_epoch_reads_one_index_entry_and_one_sample(tmp_path: Path) -> None:
     shards = write(tmp_path / "s", count=400, samples_per_shard=4)
-    assert len(shards.paths) == 100
-    place = Order(shards.sizes, 0, True, 64).locate(int(0.9 * shards.num_samples))
+    assert len(shards.locations) == 100
+    place = Order.of(shards.sizes, 0, True, 64).locate(int(0.9 * shards.num_samples))
     reader = ShardReader(shards)
     record = reader.read(place.shard, place.sample)
-    with tarfile.open(shards.paths[place.shard]) as tar:
+    with tarfile.open(tar_path(shards, place.shard)) as tar:
         first, last = tar.getmembers()[2 * place.sample : 2 * place.sample + 2]  # two files a sample
     end = last.offset_data + last.size + -last.size % 512
     assert record.id.endswith(first.name.removesuffix(".bin"))
@@ -421,20 +448,46 @@ def test_braces_globs_lists_and_double_colons_name_the_same_shards(tmp_path: Pat
     paths = touch(tmp_path / "a", "000.tar", "001.tar", "002.tar")
     other = touch(tmp_path / "b", "x.tar")
     folder = tmp_path / "a"
+    paths, other = ([str(path) for path in found] for found in (paths, other))
     assert expand_pattern(f"{folder}/{{000..002}}.tar") == paths
     assert expand_pattern(f"{folder}/*.tar") == paths
     assert expand_pattern(f"{folder}/00[01].tar") == paths[:2]
-    assert expand_pattern(str(paths[1])) == [paths[1]]
+    assert expand_pattern(paths[1]) == [paths[1]]
     assert expand_pattern(f"{folder}/*.tar::{tmp_path}/b/x.tar") == paths + other
     assert expand_pattern([f"{folder}/{{000..001}}.tar", f"{folder}/002.tar::{tmp_path}/b/*.tar"]) == paths + other
 
 
 def test_braces_keep_shards_that_are_missing_so_that_checking_names_them(tmp_path: Path) -> None:
     shards = write(tmp_path / "s")
-    shards.paths[1].unlink()
+    tar_path(shards, 1).unlink()
     named = read_shard_set(f"{tmp_path}/s/{{000000..000002}}.tar")
     with pytest.raises(DataError, match=r"000001\.tar is missing"):
-        named.check_files()
+        raise_file_problems(named.file_problems())
+
+
+def test_a_glob_misses_no_shard_that_its_manifest_knows(tmp_path: Path) -> None:
+    whole = write(tmp_path / "s")
+    tar_path(whole, 1).unlink()
+    found = read_shard_set(f"{tmp_path}/s/*.tar")
+    assert found == whole
+    with pytest.raises(DataError, match=r"000001\.tar is missing"):
+        raise_file_problems(found.file_problems())
+    assert len(read_shard_set(f"{tmp_path}/s/00000[02].tar").locations) == 2
+
+
+def test_a_disk_that_cannot_be_read_at_the_moment_is_no_damage(tmp_path: Path) -> None:
+    shards = write(tmp_path / "s")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reader = ShardReader(shards)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) - 1, limits[1]))
+    try:
+        with pytest.raises(DataError, match="Too many open files") as caught:
+            reader.read(0, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not isinstance(caught.value, SampleError)
+    assert reader.read(0, 0).key == "sample00000"
+    reader.close()
 
 
 @pytest.mark.parametrize("pattern", ["none-*.tar", "none-{00..03}.tar", "none.tar"])
@@ -447,11 +500,54 @@ def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path, pattern: str) -
         assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["https://example.org/a.tar", "s3://bucket/{00..09}.tar", "pipe:cat a.tar"])
-def test_a_url_is_refused_by_name(url: str) -> None:
-    with pytest.raises(DataError) as caught:
-        expand_pattern(url)
-    assert url in str(caught.value)
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("https://example.org/a/{00..01}.tar", ["https://example.org/a/00.tar", "https://example.org/a/01.tar"]),
+        ("s3://b/x-{7..8}.tar::/data/none", None),
+        (
+            "pipe:aws s3 cp s3://laion/{00000..00001}.tar -::pipe:cat x.tar",
+            ["pipe:aws s3 cp s3://laion/00000.tar -", "pipe:aws s3 cp s3://laion/00001.tar -", "pipe:cat x.tar"],
+        ),
+    ],
+)
+def test_open_clips_shard_strings_are_read_as_they_are(pattern: str, expected: list[str] | None) -> None:
+    if expected is None:
+        with pytest.raises(DataError, match="no shards match '/data/none'"):
+            expand_pattern(pattern)
+    else:
+        assert expand_pattern(pattern) == expected
+
+
+@pytest.mark.parametrize(
+    ("location", "folder", "name"),
+    [
+        ("/data/a/000.tar", "/data/a", "000.tar"),
+        ("000.tar", ".", "000.tar"),
+        ("https://host/d/000.tar?token=a/b.tar", "https://host/d", "000.tar"),
+        ("pipe:aws s3 cp s3://b/d/000.tar -", "pipe:aws s3 cp s3://b/d/ -", "000.tar"),
+        ("pipe:curl -s 'https://h/000.tar'", "pipe:curl -s 'https://h/'", "000.tar"),
+    ],
+)
+def test_a_location_is_split_into_its_folder_and_name(location: str, folder: str, name: str) -> None:
+    assert split_location(location) == (folder, name)
+
+
+def test_shards_whose_folder_cannot_be_written_have_their_manifest_in_the_index_folder(tmp_path: Path) -> None:
+    shards = write(tmp_path / "s")
+    apart = index_folder(str(tmp_path / "indexes"), str(tmp_path / "s"))
+    apart.mkdir(parents=True)
+    for path in (tmp_path / "s").iterdir():
+        if path.suffix != ".tar":
+            path.rename(apart / path.name)
+    with pytest.raises(DataError, match=r"has no manifest\.json"):
+        read_shard_set(f"{tmp_path}/s/*.tar")
+    found = read_shard_set(f"{tmp_path}/s/*.tar", index_dir=str(tmp_path / "indexes"))
+    assert found.entries == shards.entries
+    raise_file_problems(found.file_problems())
+    reader = ShardReader(found)
+    assert reader.read(1, 2).files["cls"] == b"6"
+    reader.close()
 
 
 def test_shards_without_a_manifest_or_not_in_it_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swinv2_scale.data.order import Order, Place, positions_of
+from swinv2_scale.data.order import Order, Place, parts_of, positions_of
 
 #: Shard sizes, shards in a block.
 LAYOUTS = st.tuples(st.lists(st.integers(1, 30), min_size=1, max_size=20).map(tuple), st.integers(1, 25))
@@ -31,7 +31,7 @@ def test_every_epoch_holds_every_sample_exactly_once(
     layout: tuple[tuple[int, ...], int], seed: int, epoch: int, shuffle: bool
 ) -> None:
     sizes, shuffle_shards = layout
-    order = Order(sizes, seed, shuffle, shuffle_shards)
+    order = Order.of(sizes, seed, shuffle, shuffle_shards)
     places = epoch_places(order, epoch)
     assert {place.epoch for place in places} == {epoch}
     assert sorted((place.shard, place.sample) for place in places) == all_samples(sizes)
@@ -40,12 +40,12 @@ def test_every_epoch_holds_every_sample_exactly_once(
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12).filter(any).map(tuple), st.integers(1, 14), st.booleans())
 def test_empty_shards_are_never_read(sizes: tuple[int, ...], shuffle_shards: int, shuffle: bool) -> None:
-    places = epoch_places(Order(sizes, 0, shuffle, shuffle_shards), 0)
+    places = epoch_places(Order.of(sizes, 0, shuffle, shuffle_shards), 0)
     assert sorted((place.shard, place.sample) for place in places) == all_samples(sizes)
 
 
 def test_without_shuffling_shards_follow_each_other_in_every_epoch() -> None:
-    order = Order((3, 1, 2), seed=5, shuffle=False, shuffle_shards=2)
+    order = Order.of((3, 1, 2), seed=5, shuffle=False, shuffle_shards=2)
     for epoch in (0, 7):
         assert [(place.shard, place.sample) for place in epoch_places(order, epoch)] == all_samples((3, 1, 2))
 
@@ -53,7 +53,7 @@ def test_without_shuffling_shards_follow_each_other_in_every_epoch() -> None:
 def test_epochs_and_seeds_give_different_orders() -> None:
     sizes = (40,) * 5
     orders = [
-        [place[1:] for place in epoch_places(Order(sizes, seed, True, 5), epoch)]
+        [(place.shard, place.sample) for place in epoch_places(Order.of(sizes, seed, True, 5), epoch)]
         for seed, epoch in ((0, 0), (0, 1), (0, 2), (1, 0))
     ]
     for i, first in enumerate(orders):
@@ -63,7 +63,7 @@ def test_epochs_and_seeds_give_different_orders() -> None:
 
 
 def test_samples_of_one_shard_are_not_left_in_their_order() -> None:
-    (block,) = [[place.sample for place in epoch_places(Order((200,), 0, True, 1), 0)]]
+    (block,) = [[place.sample for place in epoch_places(Order.of((200,), 0, True, 1), 0)]]
     rising = sum(a < b for a, b in pairwise(block))
     # Half of 199 neighbours rise in a random order, with a standard deviation of 4.
     assert 80 < rising < 120
@@ -76,25 +76,25 @@ def test_a_place_does_not_depend_on_what_was_asked_before(
     layout: tuple[tuple[int, ...], int], data: st.DataObject
 ) -> None:
     sizes, shuffle_shards = layout
-    order = Order(sizes, 3, True, shuffle_shards)
+    order = Order.of(sizes, 3, True, shuffle_shards)
     in_order = [order.locate(position) for position in range(3 * order.num_samples)]
     asked = data.draw(st.lists(st.integers(0, 3 * order.num_samples - 1), max_size=20))
-    again = Order(sizes, 3, True, shuffle_shards)
+    again = Order.of(sizes, 3, True, shuffle_shards)
     assert [again.locate(position) for position in asked] == [in_order[position] for position in asked]
 
 
 def test_another_process_finds_the_same_places() -> None:
     code = (
         "from swinv2_scale.data.order import Order;"
-        "print([tuple(Order((7, 5, 9, 4), 3, True, 2).locate(p)) for p in range(60)])"
+        "print([tuple(Order.of((7, 5, 9, 4), 3, True, 2).locate(p)) for p in range(60)])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    order = Order((7, 5, 9, 4), 3, True, 2)
+    order = Order.of((7, 5, 9, 4), 3, True, 2)
     assert printed.strip() == str([tuple(order.locate(position)) for position in range(60)])
 
 
 def test_neighbours_come_from_many_shards_and_reading_stays_inside_a_block() -> None:
-    order = Order((100,) * 64, seed=1, shuffle=True, shuffle_shards=16)
+    order = Order.of((100,) * 64, seed=1, shuffle=True, shuffle_shards=16)
     for epoch in (0, 1):
         places = epoch_places(order, epoch)
         for first in range(0, 6400, 1600):
@@ -106,13 +106,13 @@ def test_neighbours_come_from_many_shards_and_reading_stays_inside_a_block() -> 
 
 
 def test_blocks_are_dealt_anew_in_every_epoch() -> None:
-    order = Order((10,) * 64, seed=1, shuffle=True, shuffle_shards=16)
+    order = Order.of((10,) * 64, seed=1, shuffle=True, shuffle_shards=16)
     first_blocks = [frozenset(place.shard for place in epoch_places(order, epoch)[:160]) for epoch in range(5)]
     assert len(set(first_blocks)) == 5
 
 
 def test_far_positions_are_found_as_easily_as_near_ones() -> None:
-    order = Order((1000,) * 1000, seed=0, shuffle=True, shuffle_shards=64)
+    order = Order.of((1000,) * 1000, seed=0, shuffle=True, shuffle_shards=64)
     place = order.locate(10**15 + 7)
     assert place.epoch == 10**9
     assert 0 <= place.shard < 1000
@@ -148,3 +148,97 @@ def test_consecutive_steps_leave_nothing_out(world_size: int, micro_batch_size: 
         for position in batch
     ]
     assert sorted(seen) == list(range(5 * 24))
+
+
+SOURCES = st.lists(
+    st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 9).map(float)), min_size=2, max_size=4
+)
+
+
+def mixture(sources: list[tuple[list[int], float]], seed: int = 0) -> Order:
+    sizes = tuple(size for shards, _ in sources for size in shards)
+    counts = tuple(len(shards) for shards, _ in sources)
+    return Order.of(sizes, seed, True, 3, counts, tuple(weight for _, weight in sources))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SOURCES, st.integers(0, 2**31))
+def test_each_source_of_a_mixture_has_exact_epochs_of_its_own(
+    sources: list[tuple[list[int], float]], seed: int
+) -> None:
+    order = mixture(sources, seed)
+    cycle = sum(order.parts)
+    rounds = -(-2 * max(source.num_samples for source in order.sources) // min(order.parts))
+    end = min(rounds, max(3000 // cycle, 1)) * cycle
+    read: dict[tuple[int, int], list[int]] = {}
+    for position in range(end):
+        place = order.locate(position)
+        read.setdefault((place.source, place.epoch), []).append(place.number)
+    for (source, epoch), indexes in read.items():
+        size = order.sources[source].num_samples
+        assert len(set(indexes)) == len(indexes)
+        if (end // cycle) * order.parts[source] >= (epoch + 1) * size:
+            assert sorted(indexes) == list(range(size))
+    # In whole cycles every source has exactly its share.
+    counts = [sum(len(found) for (source, _), found in read.items() if source == s) for s in range(len(sources))]
+    assert counts == [end // cycle * part for part in order.parts]
+
+
+@settings(max_examples=60, deadline=None)
+@given(SOURCES, st.integers(0, 500), st.integers(1, 60))
+def test_the_epochs_that_are_said_to_touch_a_range_hold_all_its_places(
+    sources: list[tuple[list[int], float]], first: int, length: int
+) -> None:
+    order = mixture(sources)
+    epochs = order.epochs(first, first + length)
+    known = {(epoch.source, epoch.number): epoch for epoch in epochs}
+    assert len(known) == len(epochs)
+    for position in range(first, first + length):
+        place = order.locate(position)
+        epoch = known[place.source, place.epoch]
+        assert epoch.num_samples == order.sources[place.source].num_samples
+        assert not order.is_over(epoch, position)
+
+
+def test_a_place_in_a_mixture_names_shards_over_all_sources_and_samples_within_theirs() -> None:
+    order = Order.of((4, 2, 5, 3), 0, True, 8, (2, 2), (1.0, 3.0))
+    for position in range(200):
+        place = order.locate(position)
+        starts = {0: (0, 4), 1: (0, 5)}[place.source]
+        assert place.shard // 2 == place.source
+        assert place.number == starts[place.shard % 2] + place.sample
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts"),
+    [
+        ((1, 2), (1, 2)),
+        ((2, 4, 6), (1, 2, 3)),
+        ((0.7, 0.3), (7, 3)),
+        ((0.25, 0.25, 0.5), (1, 1, 2)),
+        ((1 / 3, 2 / 3), (1, 2)),
+        ((1e-9, 1.0), (1, 9_999)),
+        ((1e-5, 2e-5), (1, 2)),
+        ((0.00015, 0.00005), (3, 1)),
+        ((1.0,), (1,)),
+    ],
+)
+def test_weights_become_the_smallest_whole_numbers(weights: tuple[float, ...], parts: tuple[int, ...]) -> None:
+    assert parts_of(weights) == parts
+
+
+def test_awkward_weights_are_kept_to_a_ten_thousandth() -> None:
+    weights = (0.1234567, 0.3141592, 0.2718281, 0.290556)
+    parts = parts_of(weights)
+    for part, weight in zip(parts, weights, strict=True):
+        assert abs(part / sum(parts) - weight) < 1.01e-4
+
+
+def test_a_substitute_is_of_the_same_source_and_epoch_and_another_one_at_each_attempt() -> None:
+    order = Order.of((40, 30, 50), 0, True, 8, (2, 1), (1.0, 1.0))
+    for position in range(0, 600, 7):
+        lost = order.locate(position)
+        others = [order.substitute(position, attempt) for attempt in range(6)]
+        assert {(other.source, other.epoch) for other in others} == {(lost.source, lost.epoch)}
+        assert len({other.number for other in others}) > 3
+        assert others == [order.substitute(position, attempt) for attempt in range(6)]

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from swinv2_scale.config.run import RunConfig
-from swinv2_scale.data.loader import Batch, training_batches
-from swinv2_scale.data.manifest import read_shard_set
+from swinv2_scale.data.loader import Batch, PositionDataset, Share, training_batches
 from swinv2_scale.data.order import Order
-from swinv2_scale.data.reader import Record
-from swinv2_scale.data.sources import fashion_mnist
-from swinv2_scale.data.writer import write_shards
+from swinv2_scale.data.shards.manifest import read_shard_set
+from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.writer import write_shards
+from swinv2_scale.data.sources.embedded import fashion_mnist
 from swinv2_scale.draws import Draw
 from swinv2_scale.models.factory import initialise
 from swinv2_scale.tasks.simmim import SimMIM, SimMIMTask, draw_hidden
@@ -143,19 +143,10 @@ def test_masks_and_crops_belong_to_the_sample_not_to_the_rank(tmp_path: Path) ->
         """Everything that was made of a sample, by its drop-path key, which is the sample's own."""
         found = {}
         for rank in range(world_size):
-            for batch in training_batches(
-                shards,
-                Order(shards.sizes, 0, True, 2),
-                task.training_sample,
-                start_step=0,
-                end_step=2,
-                global_batch_size=8,
-                micro_batch_size=micro_batch_size,
-                rank=rank,
-                world_size=world_size,
-                num_workers=0,
-                prefetch_batches=1,
-            ):
+            order = Order.of(shards.sizes, 0, True, 2)
+            dataset = PositionDataset(ShardReader(shards), order, task.training_sample, skip_damaged=False)
+            share = Share(8, micro_batch_size, rank, world_size, 0, 1, 2**20, task.sample_bytes)
+            for batch in training_batches(dataset, share, 0, 2):
                 arrays = batch.arrays
                 for i, key in enumerate(arrays["drop_keys"].tolist()):
                     found[key] = tuple(arrays[name][i].numpy().tobytes() for name in ("images", "hidden"))

@@ -1,4 +1,4 @@
-"""Real photographs that come with the package, and folders of images, as samples for the shard writer."""
+"""Real photographs that come with the package, as samples for the shard writer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from swinv2_scale.data.decode import IMAGE_FORMATS
-from swinv2_scale.data.writer import RawSample, write_shards
+from swinv2_scale.data.shards.writer import RawSample, write_shards
 from swinv2_scale.errors import DataError, OutputError
 
 EMBEDDED_PREFIX = "embedded:"
@@ -25,6 +24,11 @@ EMBEDDED = {
     "photographs/train": 8,
     "photographs/validation": 8,
 }
+#: Fashion-MNIST's, by label.
+_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 _PHOTOGRAPHS = {
     "train": (
         "astronaut.png",
@@ -57,7 +61,8 @@ def embedded_shards(name: str, shards_dir: Path) -> str:
         source, _, split = short.partition("/")
         samples = fashion_mnist(split) if source == "fashion-mnist" else photographs(split)
         try:
-            write_shards(samples, folder, samples_per_shard=EMBEDDED[short], made_by=name)
+            schema = {"classes": _CLASSES} if source == "fashion-mnist" else {}
+            write_shards(samples, folder, samples_per_shard=EMBEDDED[short], made_by=name, schema=schema)
         except OutputError:
             if not folder.exists():  # else another job was first; the bytes are the same
                 raise
@@ -95,26 +100,6 @@ def photographs(split: str) -> Iterator[RawSample]:
             boxes += [(x, y, x + width, y + height) for x in (0, w // 3) for y in (0, h // 3)]
             for number, box in enumerate(boxes):
                 yield {"__key__": f"{Path(name).stem}-{number}", "png": _encode(image.crop(box))}
-
-
-def image_folder(folder: Path) -> Iterator[RawSample]:
-    """``folder/CLASS/**/IMAGE`` as torchvision's ImageFolder reads it: classes are numbered in the order of names.
-
-    Images directly in ``folder`` are taken too, without a class. Files keep their bytes.
-
-    Raises:
-        DataError: no image found.
-    """
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_FORMATS and p.is_file())
-    if not found:
-        raise DataError(f"no images below {folder}", f"images are files named *.{', *.'.join(IMAGE_FORMATS)}")
-    for number, path in enumerate(found):
-        sample: RawSample = {"__key__": f"{number:09d}", path.suffix.lower().removeprefix("."): path.read_bytes()}
-        parts = path.relative_to(folder).parts
-        if len(parts) > 1:
-            sample["cls"] = str(classes.index(parts[0])).encode()
-        yield sample
 
 
 def _encode(image: Image.Image) -> bytes:

@@ -1,0 +1,62 @@
+"""Which box of an image a sample shows, with every random number handed in; pixels are normalised on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from numpy.typing import NDArray
+
+from swinv2_scale.data.images.decode import Picture
+from swinv2_scale.geometry import Size
+
+
+def crop_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], numbers: Iterator[float]
+) -> tuple[int, int, int, int]:
+    """A random box of a share ``scale`` of the area and an aspect ratio in ``ratio`` (log-uniform).
+
+    Args:
+        numbers: uniform in [0, 1).
+
+    Returns:
+        (left, top, right, bottom) in pixels. After ten boxes that don't fit, the largest central one that does: the
+        rule of torchvision's RandomResizedCrop.
+    """
+    for _ in range(10):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * next(numbers))
+        low, high = math.log(ratio[0]), math.log(ratio[1])
+        aspect = math.exp(low + (high - low) * next(numbers))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(next(numbers) * (width - w + 1)), int(next(numbers) * (height - h + 1))
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = max(min(width, round(height * aspect)), 1), max(min(height, round(width / aspect)), 1)
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def random_resized_crop(
+    picture: Picture,
+    size: Size,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    interpolation: str,
+    numbers: Iterator[float],
+) -> NDArray[Any]:
+    """A random box resized to ``size`` (height, width), as (C, H, W)."""
+    return picture.resized(crop_box(picture.width, picture.height, scale, ratio, numbers), size, interpolation)
+
+
+def central_resized_crop(picture: Picture, size: Size, interpolation: str, share: float = 1.0) -> NDArray[Any]:
+    """The largest central box of the target's shape, resized to ``size`` (height, width), as (C, H, W).
+
+    Args:
+        share: of that box's sides, to cut its border off.
+    """
+    aspect = size[1] / size[0]
+    w, h = share * min(picture.width, picture.height * aspect), share * min(picture.height, picture.width / aspect)
+    left, top = (picture.width - w) / 2, (picture.height - h) / 2
+    return picture.resized((left, top, left + w, top + h), size, interpolation)

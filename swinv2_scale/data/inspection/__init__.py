@@ -1,0 +1,1 @@
+"""Shards looked at: verified, counted, drawn, unpacked."""

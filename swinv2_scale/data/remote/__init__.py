@@ -1,0 +1,1 @@
+"""Files that lie in stores, through a cache of the node."""

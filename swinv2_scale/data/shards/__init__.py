@@ -1,0 +1,1 @@
+"""Tars, their indexes and manifests: written, indexed, read."""

@@ -1,0 +1,1 @@
+"""Data sets as their owners publish them, on their way into shards."""
