@@ -43,7 +43,7 @@ def pipe_command(location: str, allowed: Sequence[str]) -> list[str]:
         raise ConfigError(
             f"{location!r} would start {program!r}, and data.remote.allowed_commands has "
             f"{', '.join(allowed) or 'nothing'}",
-            f"if you trust it, set data.remote.allowed_commands=[{program}]",
+            f"if you trust it: data.remote.allowed_commands=[{program}], or --allow-command {program} for shards index",
         )
     return command
 
