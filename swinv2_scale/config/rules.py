@@ -37,6 +37,8 @@ _RESUME_POLICY: dict[str, ResumePolicy] = {
     "optim.total_steps": "warn",  # stretches the schedule
     "optim.clip_grad_norm": "warn",
     "optim.weight_decay": "warn",
+    "optim.ema_decay": "warn",
+    "engine.zero_stage": "warn",  # the masters and moments are the same, cut elsewhere; the order of additions changes
     "engine.activation_checkpointing": "free",
     "engine.overlap_comm": "free",
     "engine.max_skipped_steps": "free",

@@ -103,6 +103,9 @@ class OptimConfig(Section):
     eps: PositiveFloat = 1e-8
     #: Largest global gradient norm; 0: no clipping.
     clip_grad_norm: NonNegativeFloat = 5.0
+    #: Decay of an exponential moving average of the weights, float32 and sharded as the optimizer's moments: 0.9999,
+    #: say. None: none is kept.
+    ema_decay: Fraction | None = None
 
 
 class ActivationCheckpointingConfig(Section):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from swinv2_scale.config.run import OptimConfig
+from swinv2_scale.engine.adamw import AdamW
 
 #: Parts of names that are never decayed, beside biases and vectors. Source: the released code's keyword lists.
 _NO_DECAY = ("cpb_mlp", "logit_scale", "mask_token")
@@ -19,7 +20,7 @@ def is_decayed(name: str, shape: torch.Size) -> bool:
     return len(shape) > 1 and not name.endswith("bias") and not any(part in name for part in _NO_DECAY)
 
 
-def build_optimizer(model: nn.Module, shapes: dict[str, torch.Size], config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, shapes: dict[str, torch.Size], config: OptimConfig) -> AdamW:
     """AdamW over two groups, decayed and not.
 
     Args:
@@ -33,7 +34,8 @@ def build_optimizer(model: nn.Module, shapes: dict[str, torch.Size], config: Opt
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=torch.cuda.is_available())
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": torch.cuda.is_available()}
+    return AdamW(groups, config.ema_decay, **settings)
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:

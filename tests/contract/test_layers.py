@@ -29,9 +29,10 @@ LAYERS = {
     "config": 0,
     "geometry": 0,
     "errors": 0,
+    "durable": 0,
 }
 BLIND_TO_EACH_OTHER = {"models", "weights", "data"}
-NEVER_TORCH = {"config", "geometry", "errors"}
+NEVER_TORCH = {"config", "geometry", "errors", "durable"}
 
 
 @dataclass(frozen=True)
