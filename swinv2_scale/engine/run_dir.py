@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from swinv2_scale.durable import sync_folder
 from swinv2_scale.errors import OutputError
 
 
@@ -63,8 +64,12 @@ class RunDirectory:
             OutputError: another job is using it, or it can't be written.
         """
         try:
+            new = [folder for folder in self.root.parents if not folder.exists()]
             for folder in (self.checkpoints, self.panels, self.root / "log"):
                 folder.mkdir(parents=True, exist_ok=True)
+            # A checkpoint that is safe in a folder whose own name isn't would be gone after a power cut.
+            for folder in (self.root, self.root.parent, *(folder.parent for folder in new)):
+                sync_folder(folder)
             lock = (self.root / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise OutputError(

@@ -54,7 +54,8 @@ def ds_config(stage: int, precision: str) -> dict[str, Any]:
     return config
 
 
-def train(stage: int, precision: str, folder: Path) -> dict[str, str]:
+def build(stage: int, precision: str) -> tuple[Any, torch.Generator]:
+    """An engine around the toy, and where further numbers come from."""
     config = ds_config(stage, precision)
     model = zero.build(Toy, config)
     shapes = zero.full_shapes(model)
@@ -65,10 +66,20 @@ def train(stage: int, precision: str, folder: Path) -> dict[str, str]:
     others = [p for name, p in trained.items() if len(shapes[name]) <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=config)
+    return engine, random
+
+
+def step(engine: Any, random: torch.Generator) -> None:
+    """One update with random inputs."""
+    inputs = torch.randn(2, 7, generator=random).to(next(engine.module.parameters()).dtype)
+    engine.backward(engine(inputs))
+    engine.step()
+
+
+def train(stage: int, precision: str, folder: Path) -> dict[str, str]:
+    engine, random = build(stage, precision)
     for _ in range(2):
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        engine.backward(engine(torch.randn(2, 7, generator=random).to(dtype)))
-        engine.step()
+        step(engine, random)
     path = checkpoint.publish(engine, folder, TrainState(step=2), {}, keep=2)
     frozen = [engine.module.frozen, engine.module.frozen_too]
     with deepspeed.zero.GatheredParameters(frozen, enabled=stage == 3):
