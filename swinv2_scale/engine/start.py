@@ -12,7 +12,7 @@ from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.engine import checkpoint, zero
-from swinv2_scale.engine.consolidate import MasterWeights
+from swinv2_scale.engine.consolidate import SavedTensors
 from swinv2_scale.engine.run_dir import is_run_or_checkpoint
 from swinv2_scale.errors import ConfigError
 from swinv2_scale.models.initialise import initial_values
@@ -39,9 +39,9 @@ def open_source(path: Path) -> Weights:
 
 def consolidated(found: checkpoint.Checkpoint) -> Weights:
     """The float32 masters of a checkpoint as named tensors."""
-    masters = MasterWeights(found)
-    _, facts = checkpoint.read_state(found)
-    flat = {tuple(key.split(".")): value for key, value in facts["config"].items()}
+    masters = SavedTensors(found)
+    config = checkpoint.read_state(found)["config"]
+    flat = {tuple(key.split(".")): value for key, value in config.items()}
     model = {path[1]: value for path, value in flat.items() if path[0] == "model" and len(path) == 2}
     names = {name.removeprefix(BACKBONE): name for name in masters.shapes}
     return Weights(

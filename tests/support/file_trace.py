@@ -8,7 +8,7 @@ is what tests/faults/test_crash_consistency.py looks at first. Compared once wit
 
 from __future__ import annotations
 
-import _pyio
+import _pyio  # type: ignore[import-not-found]
 import base64
 import builtins
 import fcntl
@@ -53,7 +53,7 @@ class FileTrace:
                 self._wrap(subclass, "__init__", self._init_file)
                 self._wrap(subclass, "write", self._write_file)
                 self._wrap(subclass, "truncate", self._refuse)
-        io.FileIO = _pyio.FileIO  # type: ignore[misc]
+        io.FileIO = _pyio.FileIO
         builtins.open = io.open = _pyio.open  # type: ignore[assignment]
 
     def mark(self, text: str) -> None:

@@ -17,8 +17,9 @@ import torch
 
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.data.sources.embedded import fashion_mnist
-from swinv2_scale.engine.checkpoint import SafeCheckpointEngine, open_run_or_checkpoint
-from swinv2_scale.engine.consolidate import MasterWeights
+from swinv2_scale.engine.checkpoint import open_run_or_checkpoint
+from swinv2_scale.engine.consolidate import SavedTensors
+from swinv2_scale.engine.random_states import file_name
 from swinv2_scale.errors import CheckpointError
 from tests.support.processes import REPOSITORY, Finished, Job, start_pretrain
 from tests.support.small_run import metrics
@@ -82,21 +83,24 @@ class End:
     """All that a finished run is judged by: no times in it."""
 
     rows: list[dict[str, Any]]
+    #: SHA-256 of every float32 master and both of its moments.
     tensors: str
+    #: Of torch's global random generators; Python's begins anew in each process.
+    generators: str
 
     @classmethod
     def of(cls, run: Path) -> End:
         checkpoint = open_run_or_checkpoint(run)
+        saved = SavedTensors(checkpoint)
         sha = hashlib.sha256()
-        masters = MasterWeights(checkpoint)
-        for name in masters.shapes:
-            sha.update(f"{name} {tuple(masters.shapes[name])}".encode() + masters.tensor(name).numpy().tobytes())
-        for record in checkpoint.files:  # Adam's moments and all else that is saved as a tensor
-            if record.name.endswith(".pt"):
-                for place, tensor in _tensors(SafeCheckpointEngine().load(str(checkpoint.path / record.name))):
-                    values = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-                    sha.update(f"{record.name}{place} {tensor.dtype} {tuple(tensor.shape)}".encode() + values.tobytes())
-        return cls(metrics(run), sha.hexdigest())
+        for name in saved.shapes:
+            for kind in sorted(saved.kinds):  # masters and Adam's moments
+                sha.update(f"{name} {kind}".encode() + saved.tensor(name, kind).numpy().tobytes())
+        generators = hashlib.sha256()
+        for rank in range(checkpoint.world_size):
+            states = torch.load(checkpoint.path / file_name(rank), weights_only=True)
+            generators.update(states["torch"].numpy().tobytes())
+        return cls(metrics(run), sha.hexdigest(), generators.hexdigest())
 
     @property
     def trace(self) -> str:
@@ -133,7 +137,7 @@ class Life:
     @property
     def is_saving(self) -> bool:
         # What an earlier life left there is removed before has_loaded.
-        return self.has_loaded and any((self.run / "checkpoints").glob(".part-*"))
+        return self.has_loaded and any((self.run / "checkpoints").glob(".part-*/step-*"))
 
     def has_said(self, words: str) -> bool:
         return words in self.job.ranks[0].output
@@ -196,10 +200,13 @@ class Death:
     step: int
     #: The newest whole checkpoint afterwards.
     saved_step: int
+    #: Steps that this life had made while a checkpoint was written that never appeared.
+    beside_save: int
     seconds: float
 
     @property
     def recomputed(self) -> int:
+        """Steps of this life that the next one makes again."""
         return max(self.step - self.saved_step, 0)
 
 
@@ -216,8 +223,8 @@ def chain(course: Course, run: Path, kills: list[Kill]) -> Iterator[Death]:
     """Kill life after life of one run.
 
     Raises:
-        AssertionError: a life ended otherwise than by its kill, or the next one didn't go on from the newest whole
-            checkpoint.
+        AssertionError: a life ended otherwise than by its kill, the next one didn't go on from the newest whole
+            checkpoint, or has to make more steps again than lie between two checkpoints and beside an unfinished one.
     """
     saved_step = 0
     for kill in kills:
@@ -231,7 +238,11 @@ def chain(course: Course, run: Path, kills: list[Kill]) -> Iterator[Death]:
         if life.has_loaded:
             assert life.from_step == saved_step, f"{life.from_step} where {saved_step} was the newest whole checkpoint"
         saved_step = newest_step(run)
-        yield Death(kill, finished.codes, life.step, saved_step, time.monotonic() - started)
+        was_saving = any((run / "checkpoints").glob(".part-*/step-*"))
+        beside_save = life.step % course.save_every if was_saving else 0
+        death = Death(kill, finished.codes, life.step, saved_step, beside_save, time.monotonic() - started)
+        assert death.recomputed <= course.save_every + beside_save, f"{death}\n{finished.output}"
+        yield death
 
 
 def newest_step(run: Path) -> int:
@@ -246,11 +257,3 @@ def _lines(path: Path) -> list[str]:
     """Whole lines; what a kill or a running write left half is none."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return text.split("\n")[:-1]
-
-
-def _tensors(value: object, place: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield place, value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    for name, item in items:
-        yield from _tensors(item, f"{place}/{name}")

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from swinv2_scale import dist
-from swinv2_scale.engine import checkpoint
+from swinv2_scale.config.run import CheckpointConfig
 from swinv2_scale.engine.run_dir import RunDirectory
-from swinv2_scale.engine.step import TrainState
+from swinv2_scale.engine.saving import Saver
 from tests.distributed.workers.masters import build, step
 from tests.support.file_trace import FileTrace
 
@@ -20,17 +20,17 @@ def main(root: str, record: str, num_saves: int, keep: int) -> None:
     trace = FileTrace(Path(root), Path(record))
     trace.install()
     directory = RunDirectory(Path(root) / "run")
-    if dist.rank() == 0:
-        directory.open()
-    dist.barrier()
+    directory.life = dist.on_rank_zero(directory.open, "opening the run directory")
+    saver = Saver(engine, directory.checkpoints, directory.staging, CheckpointConfig(keep=keep))
+    step(engine, random)
     for number in range(1, num_saves + 1):
-        step(engine, random)
-        if dist.rank() == 0:
-            trace.mark(f"saving {number}")
-        dist.barrier()
-        checkpoint.publish(engine, directory.checkpoints, TrainState(step=number), {}, keep)
-        if dist.rank() == 0:
-            trace.mark(f"saved {number}")
+        dist.on_rank_zero(lambda number=number: trace.mark(f"saving {number}"), "marking")  # type: ignore[misc]
+        saver.begin(number, {})
+        step(engine, random)  # while threads write
+        saver.finish()
+        dist.on_rank_zero(lambda number=number: trace.mark(f"saved {number}"), "marking")  # type: ignore[misc]
+    saver.close()
+    directory.close()
     dist.stop()
 
 
