@@ -53,8 +53,8 @@ class FileTrace:
                 self._wrap(subclass, "__init__", self._init_file)
                 self._wrap(subclass, "write", self._write_file)
                 self._wrap(subclass, "truncate", self._refuse)
-        io.FileIO = _pyio.FileIO
-        builtins.open = io.open = _pyio.open  # type: ignore[assignment]
+        io.FileIO = _pyio.FileIO  # type: ignore[misc]
+        builtins.open = io.open = _pyio.open
 
     def mark(self, text: str) -> None:
         """Say where the process stands."""
