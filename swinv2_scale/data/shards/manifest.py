@@ -29,6 +29,7 @@ from swinv2_scale.config.run import DataConfig, RemoteConfig, patterns_of
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote, local_path
 from swinv2_scale.data.remote.pipe import PIPE_PREFIX
 from swinv2_scale.data.remote.stores import shown
+from swinv2_scale.durable import write_whole
 from swinv2_scale.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -358,17 +359,12 @@ def read_manifest(folder: str, remote: RemoteFiles | None = None) -> Manifest:
 def write_manifest(
     folder: Path, entries: Iterable[ShardEntry], made_by: str | dict[str, Any], schema: dict[str, Any] | None = None
 ) -> None:
-    """Write ``folder/manifest.json``, whole or not at all."""
+    """Write ``folder/manifest.json``, whole or not at all; the folder's other names are on the disk after that too."""
     by = made_by if isinstance(made_by, dict) else {"command": made_by}
     data = {"format": _FORMAT, "made_by": by, "schema": schema or {}, "shards": [asdict(e) for e in entries]}
     data = json.loads(json.dumps(data))  # tuples as lists: what will be read is what is digested
     data["digest"] = _digest(data)
-    part = folder / (MANIFEST_NAME + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / MANIFEST_NAME)
+    write_whole(folder / MANIFEST_NAME, json.dumps(data, indent=1))
 
 
 def _digest(data: dict[str, Any]) -> str:
