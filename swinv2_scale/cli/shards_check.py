@@ -7,19 +7,18 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from swinv2_scale.cli.arguments import positive_int
+from swinv2_scale.cli.progress import progress_bar
 from swinv2_scale.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def _index(arguments: argparse.Namespace) -> None:
 
     remote = _remote(arguments)
     locations = expand_pattern(tars_of(arguments.pattern), remote)
-    with _progress("indexing") as show:
+    with progress_bar("indexing") as show:
         folders = index_folders(
             locations,
             remote,
@@ -119,7 +118,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     from swinv2_scale.data.inspection.verify import verify
     from swinv2_scale.data.shards.folder_index import tars_of
 
-    with _progress("verifying") as show:
+    with progress_bar("verifying") as show:
         verdict = verify(
             tars_of(arguments.pattern),
             _remote(arguments),
@@ -147,7 +146,7 @@ def _stats(arguments: argparse.Namespace) -> None:
     from swinv2_scale.data.shards.folder_index import tars_of
 
     pattern, remote = tars_of(arguments.pattern), _remote(arguments)
-    with _progress("reading") as show:
+    with progress_bar("reading") as show:
         stats = collect_stats(
             pattern, remote, arguments.index_dir, arguments.samples or None, arguments.seed, on_progress=show
         )
@@ -213,7 +212,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from swinv2_scale.data.inspection.export import export_folder
     from swinv2_scale.data.shards.folder_index import tars_of
 
-    with _progress("writing") as show:
+    with progress_bar("writing") as show:
         count = export_folder(
             tars_of(arguments.pattern), _remote(arguments), arguments.index_dir, arguments.destination, on_progress=show
         )
@@ -225,23 +224,6 @@ def _remote(arguments: argparse.Namespace) -> RemoteFiles:
     from swinv2_scale.data.remote.files import RemoteFiles
 
     return RemoteFiles(RemoteConfig(allowed_commands=tuple(arguments.allow_command)))
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A line that is shown from the first call on: by then workers have been forked, and from one thread."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = progress.add_task("")
-
-    def show(done: int, total: int) -> None:
-        progress.start()
-        progress.update(task, completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        progress.stop()
 
 
 def _print_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

@@ -24,7 +24,8 @@ from swinv2_scale.data.shards.manifest import (
     INDEX_ENTRY,
     MANIFEST_NAME,
     ShardSet,
-    read_manifest,
+    manifest_text,
+    parse_manifest,
     read_shard_set,
     split_location,
 )
@@ -152,10 +153,10 @@ def _check_manifests(shards: ShardSet, remote: RemoteFiles) -> tuple[list[str], 
         homes[folder] = split_location(index)[0]
     for folder, names in used.items():
         home = homes[folder]
-        manifest = read_manifest(home, remote)
-        schemas[folder] = manifest.schema
         where = f"{home}/{MANIFEST_NAME}"
-        text = _manifest_text(where, remote)
+        text = manifest_text(home, remote)
+        manifest = parse_manifest(text, where)
+        schemas[folder] = manifest.schema
         data = json.loads(text)
         if "digest" not in data:
             notes.append(f"{where} is of an older version and has no digest of its own; shards index makes a new one")
@@ -168,12 +169,6 @@ def _check_manifests(shards: ShardSet, remote: RemoteFiles) -> tuple[list[str], 
             extra = sorted(present - manifest.entries.keys())
             notes += [f"{folder}/{name} is not in the manifest" for name in extra]
     return problems, notes, schemas
-
-
-def _manifest_text(where: str, remote: RemoteFiles) -> str:
-    if is_remote(where):
-        return remote.read_whole(where, 2**30).decode("utf-8")
-    return Path(local_path(where)).read_text(encoding="utf-8")
 
 
 def _check_shard(
@@ -189,9 +184,8 @@ def _check_shard(
         index = b""
         report.is_lost = entry.samples > 0
         report.problems.append(_reason(shards.index_locations[shard], error))
-    contents.number_of = {
-        start: number for number, (start, _, _) in enumerate(INDEX_ENTRY.iter_unpack(index[: len(index) // 24 * 24]))
-    }
+    whole = len(index) // INDEX_ENTRY.size * INDEX_ENTRY.size
+    contents.number_of = {start: number for number, (start, _, _) in enumerate(INDEX_ENTRY.iter_unpack(index[:whole]))}
     try:
         with open_shard(location, remote) as stream:
             scan = scan_shard(stream, location, entry.name, skip_damaged=True, on_sample=contents.look)

@@ -327,6 +327,15 @@ def read_manifest(folder: str, remote: RemoteFiles | None = None) -> Manifest:
     Raises:
         DataError: missing, damaged, or not a manifest.
     """
+    return parse_manifest(manifest_text(folder, remote), f"{folder}/{MANIFEST_NAME}")
+
+
+def manifest_text(folder: str, remote: RemoteFiles | None = None) -> str:
+    """What ``read_manifest`` parses.
+
+    Raises:
+        DataError: missing, or no text.
+    """
     where = f"{folder}/{MANIFEST_NAME}"
     missing = DataError(
         f"{folder} has no {MANIFEST_NAME}", "make one, for whoever's shards: swinv2-scale shards index (see --help)"
@@ -338,9 +347,23 @@ def read_manifest(folder: str, remote: RemoteFiles | None = None) -> Manifest:
             remote = remote or RemoteFiles(RemoteConfig())
             if remote.size(where) is None:
                 raise missing
-            text = remote.read_whole(where, _MAX_MANIFEST_BYTES).decode("utf-8")
-        else:
-            text = Path(local_path(where)).read_text(encoding="utf-8")
+            return remote.read_whole(where, _MAX_MANIFEST_BYTES).decode("utf-8")
+        return Path(local_path(where)).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise missing from None
+    except (OSError, ValueError) as error:
+        raise _no_manifest(where, error) from error
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """
+    Args:
+        where: the text is from, for messages.
+
+    Raises:
+        DataError: damaged, or not a manifest.
+    """
+    try:
         data = json.loads(text)
         if data["format"] == _FIRST_FORMAT:
             data |= {"made_by": {"command": data["made_by"]}, "schema": {}}
@@ -350,10 +373,12 @@ def read_manifest(folder: str, remote: RemoteFiles | None = None) -> Manifest:
             raise DataError(f"{where} is damaged: its digest differs", "copy it again, or: swinv2-scale shards index")
         entries = {item["name"]: ShardEntry(**item) for item in data["shards"]}
         return Manifest(entries, data["made_by"], data["schema"])
-    except FileNotFoundError:
-        raise missing from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is not a manifest: {error!r}", "make a new one: swinv2-scale shards index") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_manifest(where, error) from error
+
+
+def _no_manifest(where: str, error: Exception) -> DataError:
+    return DataError(f"{where} is not a manifest: {error!r}", "make a new one: swinv2-scale shards index")
 
 
 def write_manifest(
