@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from swinv2_scale.data.clips import VIDEO_EXTENSIONS
 from swinv2_scale.data.images.decode import IMAGE_FORMATS
 from swinv2_scale.data.inspection.contents import problems_of
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote, local_path
-from swinv2_scale.data.shards.folder_index import left_out_of, open_shard
 from swinv2_scale.data.shards.indexing import ShardScan, scan_shard, shown
 from swinv2_scale.data.shards.manifest import (
     INDEX_ENTRY,
@@ -30,8 +30,8 @@ from swinv2_scale.data.shards.manifest import (
     split_location,
 )
 from swinv2_scale.data.shards.reader import ShardReader
-from swinv2_scale.data.sources.listing import VIDEO_EXTENSIONS
-from swinv2_scale.data.sources.workers import in_order
+from swinv2_scale.data.shards.stream import open_shard
+from swinv2_scale.data.workers import in_order
 from swinv2_scale.errors import DataError, SampleError
 
 #: An extension that so many samples have is expected of all.
@@ -197,9 +197,8 @@ def _check_shard(
         _compare_index(report, scan, index, contents)
     elif not report.is_lost:
         _find_damage(report, scan, index, shards, shard, remote, contents)
-    left_out = list(left_out_of(schema, entry.name))
-    if left_out:
-        report.notes.append(f"{location}: {len(left_out)} damaged samples were left out when it was indexed")
+    if left_out := sum(item["shard"] == entry.name for item in schema.get("left_out", [])):
+        report.notes.append(f"{location}: {left_out} damaged samples were left out when it was indexed")
     return contents.finish()
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from swinv2_scale.config.run import DataConfig, RemoteConfig, patterns_of
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote, local_path
 from swinv2_scale.data.remote.pipe import PIPE_PREFIX
-from swinv2_scale.data.remote.stores import shown
+from swinv2_scale.data.remote.stores import without_secrets
 from swinv2_scale.durable import write_whole
 from swinv2_scale.errors import DataError
 
@@ -130,7 +130,7 @@ class ShardSet:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The locations for people: URLs without what may be keys."""
-        return tuple(shown(location) if is_remote(location) else location for location in self.locations)
+        return tuple(map(without_secrets, self.locations))
 
     @property
     def num_samples(self) -> int:
@@ -162,7 +162,7 @@ class ShardSet:
             wanted[self.index_locations[shard]] = entry.samples * INDEX_ENTRY.size
             problems = []
             for location, size in wanted.items():
-                name = shown(location) if is_remote(location) else location
+                name = without_secrets(location)
                 if location.startswith(PIPE_PREFIX):
                     continue  # a command tells nothing before it has been run
                 try:
