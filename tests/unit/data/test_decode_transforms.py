@@ -20,7 +20,7 @@ from swinv2_scale.data.shards.manifest import read_shard_set
 from swinv2_scale.data.shards.reader import Record, ShardReader
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.errors import SampleError
-from tests.unit.data.pictures import decoded, encoded, npy, opened, smooth
+from tests.support.pictures import decoded, encoded, npy, opened, smooth
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 
