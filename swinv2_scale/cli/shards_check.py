@@ -83,7 +83,7 @@ def _count(text: str) -> int:
 
 def _index(arguments: argparse.Namespace) -> None:
     from swinv2_scale.data.shards.folder_index import index_folders, tars_of
-    from swinv2_scale.data.shards.manifest import expand_pattern
+    from swinv2_scale.data.shards.shard_set import expand_pattern
 
     remote = _remote(arguments)
     locations = expand_pattern(tars_of(arguments.pattern), remote)

@@ -14,13 +14,8 @@ from swinv2_scale.data.loader import Batch, MakeSample, PositionDataset, Share, 
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote
 from swinv2_scale.data.remote.pipe import PIPE_PREFIX, pipe_command
-from swinv2_scale.data.shards.manifest import (
-    FileProblem,
-    ShardSet,
-    raise_file_problems,
-    read_shard_set,
-)
 from swinv2_scale.data.shards.reader import ShardReader
+from swinv2_scale.data.shards.shard_set import FileProblem, ShardSet, raise_file_problems, read_shard_set
 from swinv2_scale.data.sources.embedded import EMBEDDED_PREFIX, embedded_shards
 from swinv2_scale.errors import DataError
 from swinv2_scale.tasks.base import Task

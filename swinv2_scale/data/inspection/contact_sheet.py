@@ -18,8 +18,8 @@ from swinv2_scale.data.images.decode import IMAGE_FORMATS, PixelFormat, decode_i
 from swinv2_scale.data.inspection.stats import class_names, drawn_samples, label_of, read_samples
 from swinv2_scale.data.remote.files import RemoteFiles
 from swinv2_scale.data.shards.indexing import shown
-from swinv2_scale.data.shards.manifest import read_shard_set
 from swinv2_scale.data.shards.reader import Record
+from swinv2_scale.data.shards.shard_set import read_shard_set
 from swinv2_scale.durable import write_whole
 from swinv2_scale.errors import DataError, OutputError, SampleError
 

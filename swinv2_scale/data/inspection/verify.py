@@ -20,16 +20,9 @@ from swinv2_scale.data.images.decode import IMAGE_FORMATS
 from swinv2_scale.data.inspection.contents import problems_of
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote, local_path
 from swinv2_scale.data.shards.indexing import ShardScan, scan_shard, shown
-from swinv2_scale.data.shards.manifest import (
-    INDEX_ENTRY,
-    MANIFEST_NAME,
-    ShardSet,
-    manifest_text,
-    parse_manifest,
-    read_shard_set,
-    split_location,
-)
+from swinv2_scale.data.shards.manifest import INDEX_ENTRY, MANIFEST_NAME, manifest_text, parse_manifest, split_location
 from swinv2_scale.data.shards.reader import ShardReader
+from swinv2_scale.data.shards.shard_set import ShardSet, read_shard_set
 from swinv2_scale.data.shards.stream import open_shard
 from swinv2_scale.data.workers import in_order
 from swinv2_scale.errors import DataError, SampleError
