@@ -17,7 +17,7 @@ from swinv2_scale.config.rules import changes
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.source import as_tuples
 from swinv2_scale.data.ledger import EpochAccount, Ledger
-from swinv2_scale.data.shards.manifest import ShardSet
+from swinv2_scale.data.shards.shard_set import ShardSet
 from swinv2_scale.engine import checkpoint
 from swinv2_scale.engine.checkpoint import Checkpoint
 from swinv2_scale.engine.run_dir import RunDirectory
