@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+from typing import IO, Any
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a machine that loses power, sees the old one or the new one.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a machine that loses power, sees the old one or the new one.
+
+    Args:
+        content: text is written as UTF-8.
 
     Raises:
         OSError: it can't be written; what was there is untouched.
     """
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            sync_file(file)
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
     sync_folder(path.parent)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Make what has been written to an open file survive a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

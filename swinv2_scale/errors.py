@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Self
 
 
 class ExitCode(IntEnum):
@@ -38,6 +39,11 @@ class ScaleError(Exception):
         super().__init__(message, next_step)
         self.message = message
         self.next_step = next_step
+
+    def shared(self) -> Self:
+        """This error, for all ranks to raise."""
+        self.is_shared = True
+        return self
 
     def __str__(self) -> str:
         return f"{self.message}\n  next: {self.next_step}" if self.next_step else self.message

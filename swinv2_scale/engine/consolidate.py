@@ -181,7 +181,8 @@ def _slices(weights: dict[str, Tensor], trained: set[str], states: list[Any]) ->
             holder = {"master": flat, **moments.get(group, {})}
             for name, address in addresses.items():
                 spans[name].append(_Span((holder,), address.start, address.numel))
-    return {name: spans[name] if name in trained else [_whole(weight)] for name, weight in weights.items()}
+    frozen = {name: [_whole(weight, {"ema": weight})] for name, weight in weights.items() if name not in trained}
+    return {name: frozen.get(name) or spans[name] for name in weights}
 
 
 def _parts(models: list[Any], states: list[Any]) -> tuple[dict[str, torch.Size], dict[str, list[_Span]]]:
@@ -189,7 +190,7 @@ def _parts(models: list[Any], states: list[Any]) -> tuple[dict[str, torch.Size],
     shapes: dict[str, torch.Size] = dict(models[0]["frozen_param_shapes"])
     spans = {}
     for name in shapes:
-        fragments = tuple({"master": model["frozen_param_fragments"][name]} for model in models)
+        fragments = tuple(dict.fromkeys(("master", "ema"), model["frozen_param_fragments"][name]) for model in models)
         spans[name] = [_Span(fragments, 0, fragments[0]["master"].numel())]
     moments = [_moments(state.get("optimizer_state_dict")) for state in states]
     flats_by_group = zip(*(state["fp32_flat_groups"] for state in states), strict=True)

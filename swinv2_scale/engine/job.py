@@ -88,6 +88,8 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, shapes, config.optim), config=ds_config
     )
+    # Stage 0 in bf16 takes an update with zero gradients to allocate its states; it isn't one of ours.
+    zero.adamw(engine).state.clear()
     if config.engine.precision == "bf16" and not will_load:
         zero.assign_masters(engine, first_values(model, shapes, config.seed, loading))
     read_back(engine, config, dist.world_size())

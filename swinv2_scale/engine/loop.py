@@ -177,14 +177,12 @@ class Loop:
     def _check_quarantined(self, account: EpochAccount | None) -> None:
         if account:
             size = self.order.sources[account.source].num_samples
-            error = DataError(
+            raise DataError(
                 f"{account.quarantined} of {size:,} training samples{self._of_source(account)} are in quarantine in "
                 f"epoch {account.number}, more than data.max_quarantined_share "
                 f"{self.config.data.max_quarantined_share:.3%} allows; they are listed in RUN/quarantine.jsonl",
                 "swinv2-scale shards verify finds all that are damaged; replace those shards, or allow more",
-            )
-            error.is_shared = True
-            raise error
+            ).shared()
 
     def _check_skipped(self, result: StepResult) -> None:
         if result.is_applied:

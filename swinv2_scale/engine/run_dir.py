@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from swinv2_scale.durable import sync_folder
+from swinv2_scale.durable import sync_folder, write_whole
 from swinv2_scale.engine.checkpoint import PART
 from swinv2_scale.errors import OutputError
 
@@ -141,9 +141,7 @@ class RunDirectory:
             shutil.rmtree(gone, ignore_errors=True)
 
     def write_config(self, text: str) -> None:
-        part = self.config.with_name("config.yaml.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(self.config)
+        write_whole(self.config, text)
 
     def record_life(self, **facts: Any) -> None:
         """Add a line about this start of the run: when, where, from which step, with what command."""

@@ -188,10 +188,14 @@ class Saver:
         save.part.rename(save.target)
         sync_folder(self._folder)
         shutil.rmtree(self._staging / f"old-{save.target.name}", ignore_errors=True)
+        self._whole.add(save.target)  # hashed on its way to the disk; the ones before are read back now
         retention.prune(self._folder, save.step, self._policy, self._is_whole)
+        self._whole.discard(save.target)
 
     def _is_whole(self, checkpoint: Checkpoint) -> bool:
-        """Read back once in this life: a disk that loses what it got is found out while older ones are still there."""
+        """Read back once in this life, when the next one was published: a disk that loses what it got is found out
+        while older ones are still there.
+        """
         if checkpoint.path not in self._whole and retention.is_whole(checkpoint):
             self._whole.add(checkpoint.path)
         return checkpoint.path in self._whole

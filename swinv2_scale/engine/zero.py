@@ -83,8 +83,8 @@ def parts(engine: Any) -> list[Part]:
                 first = min(size * dist.rank(), parameter.ds_numel)
                 found.append(Part(names[parameter], flat, start, first, min(size, parameter.ds_numel - first)))
                 start += size
-    elif hasattr(optimizer, "single_partition_of_fp32_groups"):  # stages 1, 2: a W-th of every group
-        for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+    elif groups := _groups_with_flat_parts(optimizer):  # stages 1, 2: a W-th of every group
+        for group, flat in groups:
             for parameter in group:
                 if parameter._hp_mapping is not None:
                     there, here = parameter._hp_mapping.get_hp_fragment_address(), parameter._hp_mapping
@@ -97,6 +97,17 @@ def parts(engine: Any) -> list[Part]:
         masters = [p for group in optimizer.param_groups for p in group["params"]]
         found += [Part(names[p], p, 0, 0, p.numel()) for p in masters]
     return found
+
+
+def _groups_with_flat_parts(optimizer: Any) -> list[tuple[list[Any], Tensor]]:
+    """Of stages 1 and 2; stage 1 in bf16 is a class of its own in DeepSpeed."""
+    for weights, masters in (
+        ("bit16_groups", "single_partition_of_fp32_groups"),
+        ("bf16_groups", "fp32_groups_flat_partition"),
+    ):
+        if hasattr(optimizer, masters):
+            return list(zip(getattr(optimizer, weights), getattr(optimizer, masters), strict=True))
+    return []
 
 
 def adamw(engine: Any) -> AdamW:

@@ -18,6 +18,11 @@ def log() -> logging.Logger:
     return _LOGGER
 
 
+def printable(text: str) -> str:
+    """Text from outside, which may hold what a terminal obeys or what no encoding has, with none of that in it."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def start_logging(rank: int) -> None:
     """Console output: rank 0 speaks, the others only when something is wrong; warnings go to the log files."""
     logging.captureWarnings(True)

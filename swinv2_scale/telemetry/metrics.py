@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from swinv2_scale.durable import sync_file, write_whole
 
 
 class MetricsFile:
@@ -24,12 +25,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= resumed_step] if path.exists() else []
-        part = path.with_name(path.name + ".part")
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -40,7 +36,7 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Make the rows survive a power cut; called when a checkpoint says that they exist."""
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
 
     def close(self) -> None:
         self._file.close()

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.data.sources.embedded import fashion_mnist
-from tests.support.processes import Job, pretrain, start_pretrain
+from tests.support.processes import pretrain, start_pretrain, wait_for_step
 from tests.support.small_run import metrics, write_config
 
 
@@ -48,7 +47,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_one_row_a_step(
 ) -> None:
     arguments = ("--config", config, "--run-dir", tmp_path / "run")
     job = start_pretrain(*arguments, processes=2)
-    _wait_for_step(tmp_path / "run", 9, job)
+    wait_for_step(tmp_path / "run", 9, job)
     job.ranks[1].send_signal(signal.SIGKILL)
     killed = job.wait()
     assert killed.codes[0] == 75, killed.output
@@ -69,7 +68,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all_with_85(
 ) -> None:
     arguments = ("--config", config, "--run-dir", tmp_path / "run")
     job = start_pretrain(*arguments, processes=2)
-    _wait_for_step(tmp_path / "run", 3, job)
+    wait_for_step(tmp_path / "run", 3, job)
     job.ranks[1].send_signal(number)
     job.ranks[1].send_signal(number)  # schedulers repeat themselves
     stopped = job.wait()
@@ -116,13 +115,6 @@ def test_the_run_directory_holds_what_the_readme_lists(unbroken: Path) -> None:
     assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == [
         f"step-{step:08d}" for step in (21, 28, 30)
     ]
-
-
-def _wait_for_step(run: Path, step: int, job: Job) -> None:
-    path = run / "metrics.jsonl"
-    while not (path.exists() and len(path.read_text().splitlines()) >= step):
-        assert all(rank.poll() is None for rank in job.ranks), job.wait().output
-        time.sleep(0.02)
 
 
 def _assert_same_tensors(run: Path, other: Path) -> None:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import colorsys
-import contextlib
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from swinv2_scale.data.clips import VIDEO_EXTENSIONS, first_frame
 from swinv2_scale.data.images.arrays import check_size
 from swinv2_scale.data.images.decode import IMAGE_FORMATS, PixelFormat, decode_image
-from swinv2_scale.data.inspection.contents import first_frame
 from swinv2_scale.data.inspection.stats import class_names, drawn_samples, label_of, read_samples
 from swinv2_scale.data.remote.files import RemoteFiles
 from swinv2_scale.data.shards.indexing import shown
-from swinv2_scale.data.shards.manifest import read_shard_set
 from swinv2_scale.data.shards.reader import Record
-from swinv2_scale.data.sources.listing import VIDEO_EXTENSIONS
+from swinv2_scale.data.shards.shard_set import read_shard_set
+from swinv2_scale.durable import write_whole
 from swinv2_scale.errors import DataError, OutputError, SampleError
 
 _CELL = 128  # px, of the square that a thumbnail fits into
@@ -178,12 +176,10 @@ def _wrapped(text: str, font: Any, width: int) -> str:
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
+    content = io.BytesIO()
+    sheet.save(content, "PNG", optimize=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(part, "PNG", optimize=True)
-        os.replace(part, path)
+        write_whole(path, content.getvalue())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise OutputError(f"cannot write {path}: {error}") from error

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from swinv2_scale.data.shards.indexing import scan_shard
 from swinv2_scale.data.shards.manifest import ShardEntry, index_location, write_manifest
+from swinv2_scale.durable import sync_file
 from swinv2_scale.errors import DataError, OutputError
 
 #: A sample: ``__key__`` and one value a file extension, bytes already.
@@ -138,7 +139,7 @@ class ShardTars:
         path = Path(self._file.name)
         end = self._file.tell()
         self._file.write(bytes(_padded(end) - end))
-        _sync(self._file)
+        sync_file(self._file)
         self.close()
         with path.open("rb") as stream:
             scan = scan_shard(stream, str(path), path.name)
@@ -149,7 +150,7 @@ class ShardTars:
             )
         with Path(index_location(str(path))).open("wb") as index:
             index.write(scan.index)
-            _sync(index)
+            sync_file(index)
         self.entries.append(scan.entry)
         self.members.update(scan.members)
         return scan.entry
@@ -185,8 +186,3 @@ def tar_block(sample: RawSample) -> bytes:
 def _padded(size: int) -> int:
     """Of a whole tar whose members take ``size``: two empty blocks end it, and it fills whole records."""
     return -(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

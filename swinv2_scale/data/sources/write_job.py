@@ -31,8 +31,9 @@ from swinv2_scale.data.shards.manifest import ShardEntry, index_location, write_
 from swinv2_scale.data.shards.writer import ShardTars
 from swinv2_scale.data.sources.listing import Item, Source
 from swinv2_scale.data.sources.preparation import Rejected, Treatment, prepare
-from swinv2_scale.data.sources.workers import in_order
+from swinv2_scale.data.workers import in_order
 from swinv2_scale.draws import key_of, permuted
+from swinv2_scale.durable import sync_file, sync_folder, write_whole
 from swinv2_scale.errors import ConfigError, DataError, OutputError
 
 REJECTED_NAME = "rejected.jsonl"
@@ -169,9 +170,8 @@ class _Lock:
 def _write_plan(part: Path, options: WriteOptions, source: Source) -> None:
     with (part / "listing.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in _listing(source))
-        file.flush()
-        os.fsync(file.fileno())
-    _write_whole(part / "plan.json", json.dumps(options.as_json(), indent=1))
+        sync_file(file)
+    write_whole(part / "plan.json", json.dumps(options.as_json(), indent=1))
 
 
 def _listing(source: Source) -> Iterator[str]:
@@ -268,8 +268,7 @@ def _write_tars(
         }
         with (part / "progress.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         progress.add(line)
         rejected.clear()
         tars.members.clear()
@@ -313,27 +312,9 @@ def _publish(part: Path, destination: Path, source: Source, options: WriteOption
         )
     if progress.rejected:
         lines = [json.dumps(asdict(rejected)) + "\n" for rejected in progress.rejected]
-        _write_whole(shards / REJECTED_NAME, "".join(lines))
+        write_whole(shards / REJECTED_NAME, "".join(lines))
     schema = {**source.schema, "members": dict(sorted(progress.members.items()))}
     write_manifest(shards, progress.entries, options.as_json(), schema)
-    _sync_folder(shards)
     os.rename(shards, destination)
-    _sync_folder(destination.parent)
+    sync_folder(destination.parent)
     shutil.rmtree(part)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
