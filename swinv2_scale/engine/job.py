@@ -145,7 +145,7 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
         last_step=last_step,
     )
     if found:
-        random_states.restore(found, dist.rank(), dist.world_size())
+        dist.all_agree(lambda: random_states.restore(found, dist.rank(), dist.world_size()), f"loading {found.path}")
     try:
         code = loop.run()
     finally:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from swinv2_scale.engine.checkpoint import Checkpoint
+from swinv2_scale.errors import CheckpointError
 from swinv2_scale.telemetry.console import log
 
 
@@ -37,15 +38,22 @@ def restore(checkpoint: Checkpoint, rank: int, world_size: int) -> None:
     """Set the generators of this rank to what they were; after everything that draws while a job starts.
 
     On another number of processes they stay as they are: there is no one rank to go on from.
+
+    Raises:
+        CheckpointError: this rank's file can't be read.
     """
     path = checkpoint.path / file_name(rank)
     if checkpoint.world_size != world_size:
         log().info("global random generators are not restored: the checkpoint has %d ranks", checkpoint.world_size)
         return
-    states = torch.load(path, map_location="cpu", weights_only=True)
-    random.setstate(states["python"])
-    keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    try:
+        states = torch.load(path, map_location="cpu", weights_only=True)
+        random.setstate(states["python"])
+        keys, position, has_gauss, gauss = states["numpy"]
+        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+        torch.set_rng_state(states["torch"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    except Exception as error:  # what a file that torch didn't write raises depends on its bytes
+        advice = "restore it from a copy, or use another checkpoint of the run"
+        raise CheckpointError(f"rank {rank} cannot read {path}: it holds no random states", advice) from error
