@@ -42,7 +42,7 @@ def record_saves(scratch: Path, processes: int, num_saves: int) -> list[dict[str
     """
     disk, record = scratch / "disk", scratch / "record"
     disk.mkdir()
-    run_worker("traced_saves.py", disk, record, num_saves, 2, processes=processes)
+    run_worker("traced_saves.py", disk, record, 1, num_saves, 2, processes=processes)
     operations = [json.loads(line) for line in record.read_text().splitlines()]
     replayed = Disk()
     for operation in operations:

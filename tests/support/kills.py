@@ -73,7 +73,7 @@ class Course:
 
     def finish(self, run: Path) -> End:
         """Run to the end, which has to succeed."""
-        finished = self.start(run).job.wait()
+        finished = self.start(run).job.wait(at_most_s=5 * self.total_steps + 120)
         assert finished.codes == [0, 0], finished.output
         return End.of(run)
 

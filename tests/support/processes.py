@@ -112,9 +112,9 @@ class Job:
 
     ranks: list[Rank]
 
-    def wait(self) -> Finished:
+    def wait(self, at_most_s: float = DEADLINE_S) -> Finished:
         """All ranks to their end; kills them at the deadline and fails."""
-        end = time.monotonic() + DEADLINE_S
+        end = time.monotonic() + at_most_s
         while any(rank.poll() is None for rank in self.ranks):
             zygote().listen(0.1)
             if time.monotonic() > end:

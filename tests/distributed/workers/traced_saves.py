@@ -1,6 +1,7 @@
 """Save checkpoints of a toy, every operation on files recorded.
 
-Arguments: the folder of the run directory, the record's file, how many saves, and how many checkpoints stay.
+Arguments: the folder of the run directory, the record's file, the first save's step and the last one's, and how many
+checkpoints stay.
 """
 
 import sys
@@ -14,7 +15,7 @@ from tests.distributed.workers.masters import build, step
 from tests.support.file_trace import FileTrace
 
 
-def main(root: str, record: str, num_saves: int, keep: int) -> None:
+def main(root: str, record: str, first: int, last: int, keep: int) -> None:
     dist.start(120)
     engine, random = build(3, "bf16")
     trace = FileTrace(Path(root), Path(record))
@@ -23,9 +24,9 @@ def main(root: str, record: str, num_saves: int, keep: int) -> None:
     directory.life = dist.on_rank_zero(directory.open, "opening the run directory")
     saver = Saver(engine, directory.checkpoints, directory.staging, CheckpointConfig(keep=keep))
     step(engine, random)
-    for number in range(1, num_saves + 1):
+    for number in range(first, last + 1):
         dist.on_rank_zero(lambda number=number: trace.mark(f"saving {number}"), "marking")  # type: ignore[misc]
-        saver.begin(number, {})
+        saver.begin(number, {"step": number})
         step(engine, random)  # while threads write
         saver.finish()
         dist.on_rank_zero(lambda number=number: trace.mark(f"saved {number}"), "marking")  # type: ignore[misc]
@@ -35,4 +36,4 @@ def main(root: str, record: str, num_saves: int, keep: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
