@@ -14,7 +14,7 @@ from swinv2_scale.errors import ExitCode, ScaleError
 
 def pretrain(argv: list[str] | None = None) -> int:
     """``launch/pretrain.py``: parse, validate before torch is imported, run, and turn errors into exit codes."""
-    arguments = _parser("Pre-train a Swin V2 with SimMIM.").parse_args(argv)
+    arguments = _parser("Pre-train a Swin V2 with SimMIM.").parse_intermixed_args(argv)
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     try:
         loaded = load_config(arguments.config, arguments.overrides)
