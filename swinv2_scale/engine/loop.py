@@ -18,6 +18,7 @@ from swinv2_scale.data.order import Order
 from swinv2_scale.engine.optim import learning_rate
 from swinv2_scale.engine.preemption import StopRequest
 from swinv2_scale.engine.step import StepResult, TrainState, train_step
+from swinv2_scale.engine.watchdog import Watchdog
 from swinv2_scale.errors import DataError, DivergedError, ExitCode, OutputError, ScaleError
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import ProgressLine, log
@@ -73,6 +74,7 @@ class Loop:
     between_steps: BetweenSteps
     progress: ProgressLine
     stop_request: StopRequest
+    watchdog: Watchdog
     last_step: int
 
     def run(self) -> ExitCode:
@@ -82,18 +84,22 @@ class Loop:
         """
         saved_step = self.state.step
         failure: ScaleError | None = None
+        is_steady = False  # the first step starts workers, allocates and compiles
         while self.state.step < self.last_step:
+            self.watchdog.enter("waiting for samples", self.state.step + 1, is_steady)
             started = time.perf_counter()
             batches: list[Batch] = []
             if failure is None:
                 batches, failure = self._fetch()
             waited = time.perf_counter() - started
+            self.watchdog.enter("training", self.state.step + 1, is_steady)
             if self._boundary(failure):
                 if self.state.step > saved_step:
                     self.between_steps.save(self.state)
                 return ExitCode.STOPPED
             lr = learning_rate(self.state.step, self.config.optim)
             result = train_step(self.engine, self.task, batches, lr)
+            is_steady = True
             ledger, overdrawn = self._accounted(result)
             self.state = self.state.advanced(self.config.data.global_batch_size, result.is_applied, ledger)
             failure = self._finish_step(result, lr, waited, started, batches)
