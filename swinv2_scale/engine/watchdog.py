@@ -109,20 +109,26 @@ class Watchdog:
         self._told: str | None = None  # what another rank found
         self._errands: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._is_over = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Called by all ranks, once they have joined."""
         if dist.world_size() > 1:
-            self._board = dist.Board()
-            self._beat(self._board)
+            board = dist.Board()
+            self._beat(board)
             dist.barrier()  # from here on every rank has a beat
-            threading.Thread(target=self._run_errands, args=(self._board,), name="beats", daemon=True).start()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._board = board
+            self._threads.append(threading.Thread(target=self._run_errands, args=(board,), name="beats", daemon=True))
+        self._threads.append(threading.Thread(target=self._watch, name="watchdog", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Say and do nothing from now on; safe to call twice, and before ``start``."""
         self._is_over.set()
         self._errands.put(None)
+        for thread in self._threads:
+            thread.join(PERIOD_S)  # at once, but for a board that doesn't answer
 
     def enter(self, phase: str, step: int = 0, is_steady: bool = False) -> None:
         """The main thread begins something that all ranks do now.

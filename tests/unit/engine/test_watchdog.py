@@ -60,26 +60,30 @@ def test_before_the_first_step_there_is_only_a_phase() -> None:
 
 
 def test_a_single_process_notes_its_stacks_once_for_a_steady_step_that_takes_too_long(tmp_path: Path) -> None:
-    log_file = tmp_path / "rank-0.log"
-    watchdog = Watchdog(ClusterConfig(timeout_s=3600, step_timeout_s=1), log_file)
-    watchdog.start()
+    logs = {is_steady: tmp_path / f"{is_steady}.log" for is_steady in (True, False)}
+    watchdogs = {key: Watchdog(ClusterConfig(timeout_s=3600, step_timeout_s=1), log) for key, log in logs.items()}
+    for is_steady, watchdog in watchdogs.items():
+        watchdog.start()
+        watchdog.enter("training", 2, is_steady)
     try:
-        watchdog.enter("training", 1)
-        wait_here(3.5)
-        assert not log_file.exists(), "the first step has the long time-out"
-        watchdog.enter("training", 2, is_steady=True)
-        wait_here(5)
+        wait_for(logs[True])
     finally:
-        watchdog.stop()
-    said = log_file.read_text()
+        for watchdog in watchdogs.values():
+            watchdog.stop()
+    said = logs[True].read_text()
     assert said.count("the stacks of all threads") == 1
     assert " s at step 2 (training)" in said
-    assert "in wait_here" in said
+    assert "in wait_for" in said
+    assert not logs[False].exists(), "the first step has the long time-out"
 
 
-def wait_here(seconds: float) -> None:
-    """Its name is in the stacks."""
-    time.sleep(seconds)
+def wait_for(path: Path) -> None:
+    """Until it is there, and for long enough to be noted twice."""
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(2.5)
 
 
 @pytest.mark.parametrize("num_items", [0, 3])
