@@ -77,7 +77,7 @@ def missing_ranks(before: Sequence[Beat], after: Sequence[Beat]) -> str:
 
 def _each(ranks: Sequence[int], beats: Sequence[Beat], what: str) -> str:
     named = [f"rank {rank} on {beats[rank].host} {what} {beats[rank]}" for rank in ranks[:_MOST_NAMED]]
-    return "; ".join(named) + (f"; so do {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else "")
+    return "; ".join(named) + (f"; and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else "")
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,11 @@ class Watchdog:
                 try:
                     errand = self._errands.get(timeout=PERIOD_S)
                 except Empty:
-                    errand = int
-                if errand is None:
-                    return
-                errand()
+                    pass
+                else:
+                    if errand is None:
+                        return
+                    errand()
                 self._beat(board)
                 self._keeper = self._read_beats(board, 1)[0]
                 found = board.read([_FINDING])

@@ -46,7 +46,7 @@ def test_all_ranks_behind_are_named_and_many_are_counted() -> None:
     before = beats(*[(9 if rank < 2 else 8, 4, "saving a checkpoint") for rank in range(8)])
     said = missing_ranks(before, later(before))
     assert [rank for rank in range(8) if f"rank {rank} " in said] == [2, 3, 4, 5]
-    assert said.endswith("; so do 2 more")
+    assert said.endswith("; and 2 more")
 
 
 def test_when_all_are_alike_it_says_so() -> None:
