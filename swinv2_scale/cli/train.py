@@ -23,7 +23,7 @@ def pretrain(argv: list[str] | None = None) -> int:
         # An error that ranks don't share is most often one of a node: one rank of each node says it.
         is_speaker = rank == 0 or (local_rank == 0 and not error.is_shared)
         if is_speaker or error.exit_code == ExitCode.PEER_LOST:
-            print(f"\nerror: {error}\n(exit code {int(error.exit_code)})", file=sys.stderr, flush=True)
+            print(error.report, file=sys.stderr, flush=True)
         code = int(error.exit_code)
     return code
 
