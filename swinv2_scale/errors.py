@@ -48,6 +48,11 @@ class ScaleError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n  next: {self.next_step}" if self.next_step else self.message
 
+    @property
+    def report(self) -> str:
+        """The block that a job ends with."""
+        return f"\nerror: {self}\n(exit code {int(self.exit_code)})"
+
 
 @dataclass(frozen=True)
 class ConfigProblem:
