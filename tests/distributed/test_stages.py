@@ -22,9 +22,17 @@ STAGES = [
 #: What one process runs too: the stage without sharding and the one with most of it.
 ALONE = ["0 fp32", "0 bf16", "3 fp32", "3 bf16"]
 
+#: Half the work of a step; micro-batches are still added up, and layers sharded, gathered and kept whole.
+SMALLER = {
+    "depths: [2, 2]": "depths: [1, 1]",
+    "micro_batch_size: 4": "micro_batch_size: 2",
+    "global_batch_size: 16": "global_batch_size: 8",
+    "{backend: torch}": "{backend: none}",
+}
+
 
 def results(folder: Path, shards: Path, processes: int, cases: list[str]) -> dict[str, Any]:
-    config = write_config(folder, shards)
+    config = write_config(folder, shards, **SMALLER)
     output = run_worker("stages.py", config, folder / "checkpoints", *cases, processes=processes).output
     line = next(line for line in output.splitlines() if line.startswith("RESULT "))
     parsed: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
