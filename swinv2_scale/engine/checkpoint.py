@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from swinv2_scale import dist
-from swinv2_scale.data.ledger import EpochAccount, Ledger
 from swinv2_scale.engine.deepspeed_import import LossScaler, TorchCheckpointEngine, ZeroStageEnum, fragment_address
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.errors import CheckpointError, ConfigError, OutputError
@@ -120,7 +119,7 @@ def publish(engine: Any, folder: Path, state: TrainState, facts: dict[str, Any],
 
     def finish() -> None:
         state_file = part / _STATE
-        _write_json(state_file, {**asdict(state), **facts})
+        _write_json(state_file, {**state.to_json(), **facts})
         manifest = {
             "step": state.step,
             "world_size": dist.world_size(),
@@ -236,14 +235,12 @@ def read_state(checkpoint: Checkpoint) -> tuple[TrainState, dict[str, Any]]:
     """
     data = json.loads((checkpoint.path / _STATE).read_text(encoding="utf-8"))
     try:
-        step, samples_seen, skipped = (data.pop(key) for key in ("step", "samples_seen", "skipped_in_a_row"))
-        accounts = tuple(EpochAccount(**account) for account in data.pop("ledger")["accounts"])
+        return TrainState.from_json(data), data
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint.path} was made by another version: its state doesn't fit ({error!r})",
             "finish that run with the version that began it, or choose another --run-dir",
         ) from error
-    return TrainState(step, samples_seen, skipped, Ledger(accounts)), data
 
 
 def load(engine: Any, checkpoint: Checkpoint) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.data.ledger import Quarantined
 from swinv2_scale.engine import activation_checkpointing, checkpoint, evaluate, zero
+from swinv2_scale.engine.accounting import Accounting
+from swinv2_scale.engine.amplitudes import AmplitudeMeter
 from swinv2_scale.engine.deepspeed_config import accumulation_steps, read_back, translate
 from swinv2_scale.engine.deepspeed_import import deepspeed, deepspeed_logger
 from swinv2_scale.engine.inputs import Inputs, open_inputs
@@ -25,9 +28,9 @@ from swinv2_scale.engine.output import Output
 from swinv2_scale.engine.preemption import StopRequest
 from swinv2_scale.engine.resume import Resume, facts_of, find_checkpoint, plain, versions
 from swinv2_scale.engine.run_dir import RunDirectory
-from swinv2_scale.engine.start import first_values, settle
+from swinv2_scale.engine.start import begin_again, first_values, forget_updates, settle
 from swinv2_scale.engine.step import TrainState
-from swinv2_scale.errors import ClusterError, ConfigError, ExitCode
+from swinv2_scale.errors import CheckpointError, ClusterError, ConfigError, ExitCode
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.tasks.simmim import SimMIMTask
 from swinv2_scale.telemetry.console import ProgressLine, log, log_to_file, start_logging
@@ -89,6 +92,8 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     )
     if config.engine.precision == "bf16" and not will_load:
         zero.assign_masters(engine, first_values(model, shapes, config.seed, loading))
+    if not will_load:
+        forget_updates(engine)
     read_back(engine, config, dist.world_size())
     log().info(
         "model: %s, %s parameters, ZeRO stage %d, %s, attention %s (%.1f s)",
@@ -119,31 +124,34 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
         return ExitCode.DONE
 
     task: Task = task_type(config)
-    batches = inputs.training(task, state.step, last_step)  # starts no worker before the first is asked for
     engine = build_engine(config, task, loading, will_load=found is not None)
     if found:
         checkpoint.load(engine, found)
     output = dist.all_agree(
-        lambda: Output(loaded, directory, state.step) if dist.rank() == 0 else None, "opening the run's files"
+        lambda: Output(loaded, directory, state) if dist.rank() == 0 else None, "opening the run's files"
     )
+
+    def first() -> Iterator[tuple[str, torch.Tensor]]:
+        return first_values(engine.module, zero.full_shapes(engine.module), config.seed, loading)
+
     progress = ProgressLine(config.optim.total_steps, config.logging.console_every_steps, dist.rank() == 0)
     loop = Loop(
         engine=engine,
         task=task,
         config=config,
         state=state,
-        order=inputs.order,
-        batches=batches,
+        accounting=Accounting(config, inputs.order),
+        open_batches=lambda state: inputs.training(task, state.samples_seen, last_step - state.step),
         num_micro_batches=num_micro_batches,
-        between_steps=_BetweenSteps(engine, task, inputs, directory, output),
+        between_steps=_BetweenSteps(engine, task, inputs, directory, output, None if found else first),
         progress=progress,
         stop_request=stop_request,
         last_step=last_step,
+        amplitudes=AmplitudeMeter(engine.module),
     )
     try:
         code = loop.run()
     finally:
-        batches.close()
         progress.close()
         if output:
             with contextlib.suppress(OSError):  # every row was flushed when it was written
@@ -161,6 +169,7 @@ class _BetweenSteps:
     inputs: Inputs
     directory: RunDirectory
     output: Output | None
+    first: Callable[[], Iterator[tuple[str, torch.Tensor]]] | None  # values, of a run that began in this life
 
     @property
     def has_validation(self) -> bool:
@@ -173,6 +182,19 @@ class _BetweenSteps:
         facts = facts_of(config, self.inputs.train)
         path = checkpoint.publish(self.engine, self.directory.checkpoints, state, facts, config.checkpoint.keep)
         log().info("step %d: checkpoint %s (%.1f s)", state.step, path, time.perf_counter() - started)
+
+    def rewind(self) -> TrainState:
+        found = checkpoint.newest_verified(self.directory.checkpoints)
+        if found:
+            state, _ = dist.on_rank_zero(lambda: checkpoint.read_state(found), f"reading {found.path}")
+            checkpoint.load(self.engine, found)
+        elif self.first:
+            state = TrainState()
+            begin_again(self.engine, self.first)
+        else:
+            raise CheckpointError(f"{self.directory.checkpoints} holds no checkpoint any more", "start again")
+        dist.all_agree(lambda: self.output.rewind(state.step) if self.output else None, "rewinding the metrics")
+        return state
 
     def validate(self, step: int) -> float:
         loss, lost = evaluate.validation_loss(self.engine, self.task, self.inputs.held_back(self.task))
@@ -190,6 +212,14 @@ class _BetweenSteps:
     def write_row(self, row: dict[str, Any]) -> None:
         if self.output:
             self.output.row(row)
+
+    def write_anomaly(self, row: dict[str, Any]) -> None:
+        if self.output:
+            names = dict(zip(self.inputs.train.shard_ids, self.inputs.train.names, strict=True))
+            for batch in row.get("micro_batches", ()):
+                ids = (key.partition("/") for key in batch["keys"])
+                batch["keys"] = [{"shard": names[shard], "key": key} for shard, _, key in ids]
+            self.output.anomaly(row)
 
     def list_quarantined(self, lost: list[Quarantined], step: int) -> None:
         self._list(lost, step, "training")

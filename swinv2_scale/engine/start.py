@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.engine import checkpoint, zero
 from swinv2_scale.engine.consolidate import MasterWeights
+from swinv2_scale.engine.guards import adamw
 from swinv2_scale.engine.run_dir import is_run_or_checkpoint
 from swinv2_scale.errors import ConfigError
 from swinv2_scale.models.initialise import initial_values
@@ -105,3 +107,28 @@ def first_values(
     if loading is not None:
         for name, value in loading.values():
             yield name, value.float()
+
+
+@torch.no_grad()
+def begin_again(engine: Any, values: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+    """Give a live engine its first values back; moments and averages are those of a fresh one. Called by all ranks.
+
+    Args:
+        values: (name, whole float32 value) of every parameter, each time it is called.
+    """
+    zero.assign(engine.module, values())
+    if adamw(engine) is not engine.optimizer:
+        zero.assign_masters(engine, values())
+    forget_updates(engine)
+
+
+@torch.no_grad()
+def forget_updates(engine: Any) -> None:
+    """Make moments and averages those before the first update.
+
+    DeepSpeed 0.19.8 makes its optimizer of stage 0 in bf16 with a step on zero gradients, which AdamW would count.
+    """
+    optimizer = adamw(engine)
+    for master, state in optimizer.state.items():
+        for key, tensor in state.items():
+            tensor.copy_(master) if key == "ema" else tensor.zero_()
