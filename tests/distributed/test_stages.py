@@ -78,6 +78,29 @@ def test_a_poisoned_rank_changes_no_weight_on_any(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_an_update_refused_at_the_last_moment_changes_no_weight_and_no_moment(
+    one: dict[str, Any], two: dict[str, Any], stage: str
+) -> None:
+    for found in (one, two) if stage in ALONE else (two,):
+        assert found[stage]["refused"] is False
+        assert found[stage]["unchanged by a refused one"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rewind_of_the_live_engine_gives_the_same_bits(one: dict[str, Any], two: dict[str, Any], stage: str) -> None:
+    for found in (one, two) if stage in ALONE else (two,):
+        assert found[stage]["rewound"] == found[stage]["losses"][1:]
+        assert found[stage]["same end after a rewind"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_live_engine_that_begins_again_is_a_fresh_one(one: dict[str, Any], two: dict[str, Any], stage: str) -> None:
+    for found in (one, two) if stage in ALONE else (two,):
+        assert found[stage]["begun again"] == [found[stage]["initial"], found[stage]["initial masters"]]
+        assert found[stage]["same first step"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_resuming_gives_the_same_bits(one: dict[str, Any], two: dict[str, Any], stage: str) -> None:
     for found in (one, two) if stage in ALONE else (two,):
         assert found[stage]["resumed"] == found[stage]["losses"][1:]
