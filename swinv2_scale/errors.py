@@ -22,6 +22,11 @@ class ExitCode(IntEnum):
     STOPPED = 85  # stopped by a signal after saving a checkpoint; requeue me
 
 
+def printable(text: str) -> str:
+    """Text with names from outside in it, without what a terminal would obey and what no encoding has."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 class ScaleError(Exception):
     """Base of all typed errors.
 
@@ -40,7 +45,7 @@ class ScaleError(Exception):
         self.next_step = next_step
 
     def __str__(self) -> str:
-        return f"{self.message}\n  next: {self.next_step}" if self.next_step else self.message
+        return printable(f"{self.message}\n  next: {self.next_step}" if self.next_step else self.message)
 
 
 @dataclass(frozen=True)

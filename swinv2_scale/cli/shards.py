@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from swinv2_scale.cli import shards_check
 from swinv2_scale.cli.arguments import positive_int
-from swinv2_scale.errors import ConfigError, ExitCode
+from swinv2_scale.errors import ConfigError, ExitCode, printable
 
 if TYPE_CHECKING:
     from swinv2_scale.data.sources.write_job import WriteOptions
@@ -110,7 +110,7 @@ def _write_shards(arguments: argparse.Namespace) -> None:
     options = _write_options(arguments)
     source = list_source(arguments.layout, arguments.source, options.made_by["split"])
     for sentence in source.notes:
-        print(f"note: {sentence}")
+        print(printable(f"note: {sentence}"))
     destination = arguments.destination
     progress = Progress(
         TextColumn("writing"),

@@ -17,6 +17,8 @@ from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.telemetry.metrics import MetricsFile, read_metrics
 from swinv2_scale.telemetry.tensorboard import TensorBoard
 
+_IDENTITY = {"use", "epoch", "position"}
+
 
 class Output:
     """The open files of a run; made by rank 0 alone, while it holds the run directory's lock.
@@ -35,7 +37,7 @@ class Output:
         self._panels = directory.panels
         self._metrics = MetricsFile(directory.metrics, resumed_step)
         self._quarantine = MetricsFile(directory.quarantine, resumed_step)
-        self._listed = {_identity(row) for row in read_metrics(directory.quarantine)}
+        self._listed = {_identity(row) for row in read_metrics(directory.quarantine) if row.keys() >= _IDENTITY}
         self._board = TensorBoard(directory.tensorboard, resumed_step) if loaded.config.logging.tensorboard else None
 
     def row(self, row: dict[str, Any]) -> None:
@@ -75,5 +77,5 @@ class Output:
             self._board.close()
 
 
-def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["use"], row["epoch"], row["position"]
+def _identity(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in sorted(_IDENTITY))

@@ -13,6 +13,8 @@ from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.data.sources.listing import VIDEO_EXTENSIONS
 from swinv2_scale.errors import SampleError
 
+#: ffmpeg's names of what VIDEO_EXTENSIONS are. It knows playlists too, and would open the files that they name.
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 _MAX_PIXELS = PixelFormat(channels=3).max_pixels
 
 
@@ -95,7 +97,7 @@ def _frames(data: bytes) -> Iterator[Any]:
     import av
 
     try:
-        with av.open(io.BytesIO(data), "r") as container:
+        with av.open(io.BytesIO(data), "r", options={"format_whitelist": _CONTAINERS}) as container:
             stream = container.streams.video[0]
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1

@@ -27,6 +27,7 @@ from swinv2_scale.data.shards.manifest import (
 )
 from swinv2_scale.data.shards.tar_walk import Readable
 from swinv2_scale.data.sources.workers import in_order
+from swinv2_scale.durable import open_plain
 from swinv2_scale.errors import DataError, OutputError
 
 _PART_SUFFIX = INDEX_SUFFIX + ".part"
@@ -61,7 +62,7 @@ def open_shard(location: str, remote: RemoteFiles) -> Iterator[Readable]:
         with contextlib.closing(remote.stream(location)) as pieces:
             yield _Pieces(pieces)
     else:
-        with open(local_path(location), "rb") as file:
+        with open_plain(Path(local_path(location))) as file:
             yield file
 
 
@@ -149,7 +150,10 @@ def _scan(job: tuple[str, str, Path], *, remote: RemoteFiles, skip_damaged: bool
             scan = scan_shard(stream, location, name, skip_damaged=skip_damaged)
     except OSError as error:
         raise DataError(f"{location} cannot be read: {error}") from error
-    (destination / (name + _PART_SUFFIX)).write_bytes(scan.index)
+    part = destination / (name + _PART_SUFFIX)
+    part.unlink(missing_ok=True)
+    with part.open("xb") as file:  # never through a link: the folder is somebody else's
+        file.write(scan.index)
     return scan
 
 
