@@ -33,8 +33,8 @@ from torchvision.datasets import ImageFolder
 from swinv2_scale.data.images.decode import PixelFormat, open_image
 from swinv2_scale.data.images.resize import mirrored
 from swinv2_scale.data.images.transforms import random_resized_crop
-from swinv2_scale.data.shards.manifest import read_shard_set
 from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.shard_set import read_shard_set
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.draws import Draw
 

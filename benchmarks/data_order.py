@@ -36,7 +36,7 @@ REPEATS = 5
 OPEN = """
 import json, os, sys, time
 import psutil, torch, webdataset
-from swinv2_scale.data.shards.manifest import read_shard_set
+from swinv2_scale.data.shards.shard_set import read_shard_set
 before, started = psutil.Process().memory_info().rss, time.perf_counter()
 shards = read_shard_set(sys.argv[1])
 opened = time.perf_counter()

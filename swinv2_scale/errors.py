@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Self
 
 
 class ExitCode(IntEnum):
@@ -23,8 +24,8 @@ class ExitCode(IntEnum):
 
 
 def printable(text: str) -> str:
-    """Text with names from outside in it, without what a terminal would obey and what no encoding has."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Text from outside, which may hold what a terminal obeys or what no encoding has, with none of that in it."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class ScaleError(Exception):
@@ -44,8 +45,14 @@ class ScaleError(Exception):
         self.message = message
         self.next_step = next_step
 
+    def shared(self) -> Self:
+        """This error, for all ranks to raise."""
+        self.is_shared = True
+        return self
+
     def __str__(self) -> str:
-        return printable(f"{self.message}\n  next: {self.next_step}" if self.next_step else self.message)
+        text = f"{self.message}\n  next: {self.next_step}" if self.next_step else self.message
+        return "\n".join(map(printable, text.split("\n")))
 
 
 @dataclass(frozen=True)

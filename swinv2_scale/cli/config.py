@@ -47,10 +47,9 @@ def _explain(arguments: argparse.Namespace) -> None:
         )
     for key, value in rows.items():
         dotted = ".".join(key)
-        cells = (dotted, format_value(value), loaded.origin(key), "; ".join(loaded.overridden(key)))
-        table.add_row(
-            *(Text(printable(cell)) for cell in cells), resume_policy(dotted)
-        )  # brackets aren't rich's markup
+        overrode = "; ".join(loaded.overridden(key))
+        cells = (dotted, format_value(value), loaded.origin(key), overrode, resume_policy(dotted))
+        table.add_row(*(Text(printable(cell)) for cell in cells))  # as they are: brackets are no markup
     console = Console()
     # Piped, a table must not be cut to 80 columns.
     (console if console.is_terminal else Console(width=240)).print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from swinv2_scale.cli import config, models, shards
+from swinv2_scale.cli import checkpoint, config, models, shards
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
@@ -16,6 +16,7 @@ def make_parser() -> ArgumentParser:
     config.add_commands(commands)
     shards.add_commands(commands)
     models.add_commands(commands)
+    checkpoint.add_commands(commands)
     return parser
 
 

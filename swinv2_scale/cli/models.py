@@ -58,7 +58,8 @@ def add_commands(commands: Any) -> None:
     export = commands.add_parser("export", help="a run's or a checkpoint's weights, written by any number of processes")
     export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
     _add_destination(export, "--format")
-    export.set_defaults(run=_export)
+    add_average(export)
+    export.set_defaults(run=export_run)
 
     predict = commands.add_parser("predict", help="classify images: the likeliest classes, and a picture")
     predict.add_argument("weights", type=Path, help="a model with a class head: any format, a run, or a checkpoint")
@@ -73,6 +74,10 @@ def add_commands(commands: Any) -> None:
     predict.add_argument("--json", action="store_true", help="for scripts")
     _add_fields(predict)
     predict.set_defaults(run=_predict)
+
+
+def add_average(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
 
 
 def _add_destination(parser: argparse.ArgumentParser, option: str) -> None:
@@ -136,11 +141,12 @@ def _convert(arguments: argparse.Namespace) -> None:
     _write(_open(arguments.source), arguments)
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def export_run(arguments: argparse.Namespace) -> None:
     from swinv2_scale.engine.checkpoint import open_run_or_checkpoint
     from swinv2_scale.engine.start import consolidated
 
-    _write(consolidated(open_run_or_checkpoint(arguments.source)), arguments)
+    found = open_run_or_checkpoint(arguments.source)
+    _write(consolidated(found, "ema" if arguments.ema else "master"), arguments)
 
 
 def _write(weights: Weights, arguments: argparse.Namespace) -> None:

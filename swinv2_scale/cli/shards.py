@@ -7,15 +7,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from swinv2_scale.cli import shards_check
 from swinv2_scale.cli.arguments import positive_int
+from swinv2_scale.cli.progress import progress_bar
 from swinv2_scale.errors import ConfigError, ExitCode, printable
 
 if TYPE_CHECKING:
@@ -112,16 +109,7 @@ def _write_shards(arguments: argparse.Namespace) -> None:
     for sentence in source.notes:
         print(printable(f"note: {sentence}"))
     destination = arguments.destination
-    progress = Progress(
-        TextColumn("writing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    try:
+    with progress_bar("writing", rate_of="samples") as show:
         summary = write_source(
             source,
             destination,
@@ -129,10 +117,8 @@ def _write_shards(arguments: argparse.Namespace) -> None:
             processes=arguments.processes,
             skip_damaged=arguments.skip_damaged,
             resume=arguments.resume,
-            on_progress=_shown_by(progress, len(source.items)),
+            on_progress=lambda done: show(done, len(source.items)),
         )
-    finally:
-        progress.stop()
     print(f"{summary.samples} samples in {summary.shards} shards, {summary.bytes / 2**20:.1f} MiB, in {destination}")
     if summary.left_out:
         print(f"{summary.left_out} damaged samples were left out: {destination / REJECTED_NAME}")
@@ -164,20 +150,6 @@ def _write_options(arguments: argparse.Namespace) -> WriteOptions:
         Treatment(not arguments.no_verify, arguments.short_side, arguments.quality or Treatment.quality),
         None if arguments.no_shuffle else arguments.seed,
     )
-
-
-def _shown_by(progress: Progress, total: int) -> Callable[[int], None]:
-    """Moves the bar, which starts with the first call: by then the workers have been forked from one thread."""
-    task = progress.add_task("", total=total, rate="")
-
-    def show(done: int) -> None:
-        if not progress.live.is_started:
-            progress.reset(task, completed=done)
-            progress.start()
-        speed = progress.tasks[0].speed
-        progress.update(task, completed=done, rate=f"{speed:.0f} samples/s" if speed else "")
-
-    return show
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -7,20 +7,19 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from swinv2_scale.cli.arguments import positive_int
-from swinv2_scale.errors import ExitCode
+from swinv2_scale.cli.progress import progress_bar
+from swinv2_scale.errors import ExitCode, printable
 
 if TYPE_CHECKING:
     from swinv2_scale.data.inspection.stats import Stats
@@ -83,11 +82,11 @@ def _count(text: str) -> int:
 
 def _index(arguments: argparse.Namespace) -> None:
     from swinv2_scale.data.shards.folder_index import index_folders, tars_of
-    from swinv2_scale.data.shards.manifest import expand_pattern
+    from swinv2_scale.data.shards.shard_set import expand_pattern
 
     remote = _remote(arguments)
     locations = expand_pattern(tars_of(arguments.pattern), remote)
-    with _progress("indexing") as show:
+    with progress_bar("indexing") as show:
         folders = index_folders(
             locations,
             remote,
@@ -98,7 +97,7 @@ def _index(arguments: argparse.Namespace) -> None:
         )
     for folder in folders:
         samples = sum(entry.samples for entry in folder.scanned)
-        print(f"{samples} samples in {len(folder.scanned)} shards of {_plain(folder.folder)}")
+        print(f"{samples} samples in {len(folder.scanned)} shards of {printable(folder.folder)}")
         if folder.changed:
             print(f"  {folder.changed} of these shards have other bytes than in the manifest before")
         if folder.kept:
@@ -110,7 +109,7 @@ def _index(arguments: argparse.Namespace) -> None:
             print(f"  {'at least ' if folder.is_cut else ''}{count} samples are left out:")
             _print_table(("shard", "sample", "cause"), [(left.shard, left.key, left.cause) for left in folder.left_out])
         print(f"  manifest and indexes: {folder.destination}")
-    print(f"use data.train={_plain(tars_of(arguments.pattern))}")
+    print(f"use data.train={printable(tars_of(arguments.pattern))}")
     if arguments.index_dir:
         print(f"with data.index_dir={arguments.index_dir}")
 
@@ -119,7 +118,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     from swinv2_scale.data.inspection.verify import verify
     from swinv2_scale.data.shards.folder_index import tars_of
 
-    with _progress("verifying") as show:
+    with progress_bar("verifying") as show:
         verdict = verify(
             tars_of(arguments.pattern),
             _remote(arguments),
@@ -132,9 +131,9 @@ def _verify(arguments: argparse.Namespace) -> None:
         print(json.dumps({"is_whole": verdict.is_whole, **asdict(verdict)}, indent=1))
     else:
         for note in verdict.notes:
-            print(f"note: {_plain(note)}")
+            print(f"note: {printable(note)}")
         for problem in verdict.problems:
-            print(f"damaged: {_plain(problem)}")
+            print(f"damaged: {printable(problem)}")
         rows = [(Path(d.shard).name, str(d.number), d.key, d.cause) for d in verdict.damaged]
         _print_table(("shard", "number", "sample", "cause"), rows)
         print(f"{verdict.num_damaged} of {verdict.num_samples} samples are damaged")
@@ -147,7 +146,7 @@ def _stats(arguments: argparse.Namespace) -> None:
     from swinv2_scale.data.shards.folder_index import tars_of
 
     pattern, remote = tars_of(arguments.pattern), _remote(arguments)
-    with _progress("reading") as show:
+    with progress_bar("reading") as show:
         stats = collect_stats(
             pattern, remote, arguments.index_dir, arguments.samples or None, arguments.seed, on_progress=show
         )
@@ -196,24 +195,25 @@ def _print_stats(stats: Stats) -> None:
 def _print_counts(title: str, counts: dict[str, int], total: int) -> None:
     if counts:
         shown = (
-            f"{_plain(name)} {count}" if count != total else f"{_plain(name)} (all)" for name, count in counts.items()
+            f"{printable(name)} {count}" if count != total else f"{printable(name)} (all)"
+            for name, count in counts.items()
         )
         print(f"  {title}: {', '.join(shown)}")
 
 
 def _print_histogram(title: str, counts: list[tuple[str, int]]) -> None:
     print(f"  {title}:")
-    width = max(len(_plain(name)) for name, _ in counts)
+    width = max(len(printable(name)) for name, _ in counts)
     most = max(count for _, count in counts)
     for name, count in counts:
-        print(f"    {_plain(name):>{width}} {count:>8} {'#' * round(40 * count / most)}")
+        print(f"    {printable(name):>{width}} {count:>8} {'#' * round(40 * count / most)}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from swinv2_scale.data.inspection.export import export_folder
     from swinv2_scale.data.shards.folder_index import tars_of
 
-    with _progress("writing") as show:
+    with progress_bar("writing") as show:
         count = export_folder(
             tars_of(arguments.pattern), _remote(arguments), arguments.index_dir, arguments.destination, on_progress=show
         )
@@ -227,23 +227,6 @@ def _remote(arguments: argparse.Namespace) -> RemoteFiles:
     return RemoteFiles(RemoteConfig(allowed_commands=tuple(arguments.allow_command)))
 
 
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A line that is shown from the first call on: by then workers have been forked, and from one thread."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = progress.add_task("")
-
-    def show(done: int, total: int) -> None:
-        progress.start()
-        progress.update(task, completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        progress.stop()
-
-
 def _print_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     if not rows:
         return
@@ -251,15 +234,10 @@ def _print_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     for header in headers:
         table.add_column(header, overflow="fold")
     for row in rows[:_SHOWN_ROWS]:
-        table.add_row(*(Text(_plain(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
     console.print(table)
     if len(rows) > _SHOWN_ROWS:
         print(f"and {len(rows) - _SHOWN_ROWS} more")
-
-
-def _plain(text: str) -> str:
-    """Names from outside may hold what a terminal obeys, or no encoding has."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -95,6 +95,7 @@ def cross_section_problems(config: RunConfig) -> list[ConfigProblem]:
         *_data_problems(config),
         *_optim_problems(config),
         *_engine_problems(config),
+        *_checkpoint_problems(config),
     ]
 
 
@@ -215,6 +216,21 @@ def _engine_problems(config: RunConfig) -> list[ConfigProblem]:
             near = difflib.get_close_matches(key, DEEPSPEED_KEYS, 1)
             problems.append(ConfigProblem(full, "no such DeepSpeed key", suggestion=near[0] if near else ""))
     return problems
+
+
+def _checkpoint_problems(config: RunConfig) -> list[ConfigProblem]:
+    every, validation = config.checkpoint.every_steps, config.evaluation.every_steps
+    if not config.checkpoint.keep_best:
+        return []
+    if config.data.validation is None:
+        return [ConfigProblem("checkpoint.keep_best", "there is no data.validation to judge by")]
+    if validation % every:
+        message = (
+            f"a checkpoint is judged by the validation of its own step: evaluation.every_steps {validation} must be a "
+            f"multiple of checkpoint.every_steps {every}; {_either(nearest_multiples(validation, every))} fit"
+        )
+        return [ConfigProblem("checkpoint.keep_best", message)]
+    return []
 
 
 def _value_at(tree: dict[str, Any], key: str) -> Any:

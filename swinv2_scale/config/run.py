@@ -140,7 +140,14 @@ class CheckpointConfig(Section):
     """When to save and what to keep; a checkpoint is always written at the end and when the job is stopped."""
 
     every_steps: PositiveInt = 1000
+    #: The newest so many that are whole; each is read back once before an older one goes.
     keep: Annotated[int, Field(ge=2)] = 3
+    #: Beside them, those of steps that this divides; None: no others.
+    keep_every_steps: PositiveInt | None = None
+    #: Beside them, so many with the smallest validation loss; needs a checkpoint wherever there is a validation.
+    keep_best: NonNegativeInt = 0
+    #: Training goes on while a checkpoint is written; it takes the memory of what this process writes once more.
+    asynchronous: bool = True
 
 
 class EvaluationConfig(Section):

@@ -107,8 +107,8 @@ class PositionDataset(Dataset[Any]):
 
 
 def _with_leave(error: SampleError) -> SampleError:
-    advice = "or let the run replace and list such samples: data.max_quarantined_share=0.001"
-    return SampleError(error.message, f"{error.next_step}; {advice}" if error.next_step else advice[3:])
+    leave = "let the run replace and list such samples: data.max_quarantined_share=0.001"
+    return SampleError(error.message, f"{error.next_step}; or {leave}" if error.next_step else leave)
 
 
 def sample_digest(position: int, sample_id: str) -> int:

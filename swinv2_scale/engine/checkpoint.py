@@ -1,37 +1,27 @@
-"""Checkpoints: save -> verify -> publish -> prune. A reader only ever sees complete ones.
+"""What a checkpoint is, which ones a run has, and whether every byte of them is as it was written.
 
-``checkpoints/step-00000123/`` holds DeepSpeed's own files, ``state.json`` (ours) and ``manifest.json`` with the size
-and SHA-256 of every file. It is written under another name and renamed once all ranks have finished; there is no
-pointer file that could be torn.
+``checkpoints/step-00000123/`` holds DeepSpeed's own files, each rank's random states, ``state.json`` (ours) and
+``manifest.json`` with the size and SHA-256 of every file. It is written under another name and renamed once all ranks
+have finished (engine/saving.py); there is no pointer file that could be torn.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-
 from swinv2_scale import dist
-from swinv2_scale.data.ledger import EpochAccount, Ledger
-from swinv2_scale.engine.deepspeed_import import LossScaler, TorchCheckpointEngine, ZeroStageEnum, fragment_address
-from swinv2_scale.engine.step import TrainState
-from swinv2_scale.errors import CheckpointError, ConfigError, OutputError
+from swinv2_scale.errors import CheckpointError
 from swinv2_scale.telemetry.console import log
 
-#: The only classes that a DeepSpeed checkpoint of ours may hold beside tensors and plain data: an enum and a number
-#: holder, and three integers that stage 1 writes in bf16.
-ALLOWED_CLASSES = [ZeroStageEnum, LossScaler, fragment_address]
-_MANIFEST, _STATE, _PREFIX, _PART = "manifest.json", "state.json", "step-", ".part-"
+MANIFEST, STATE, PREFIX = "manifest.json", "state.json", "step-"
+#: Folders of this name are being written or deleted; no reader looks at them.
+PART = ".part-"
 
 
 @dataclass(frozen=True)
@@ -45,102 +35,45 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint and what its manifest says."""
+    """A published checkpoint and what its manifest says.
+
+    Attributes:
+        saved: when, for people; nothing is ordered by it.
+        validation_loss: measured at this very step; None if it wasn't.
+    """
 
     path: Path
     step: int
     world_size: int
     files: tuple[FileRecord, ...]
+    saved: str = ""
+    validation_loss: float | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record.bytes for record in self.files)
 
 
-class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's writer, which notes what it wrote and fails after the collective; its reader, which runs no code."""
-
-    def __init__(self) -> None:
-        self.name = "SafeCheckpointEngine"
-        self.written: list[Path] = []
-        self.failure: OSError | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        # Raising here would leave the other ranks waiting in save_checkpoint's barriers; publish() asks afterwards.
-        watched: _WatchedFile | None = None
-        try:
-            watched = _WatchedFile(path, "wb")
-            with io.BufferedWriter(watched) as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            cause = watched.failure if watched else None
-            self.failure = cause or (error if isinstance(error, OSError) else OSError(f"{path}: {error}"))
-        self.written.append(Path(path))
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(ALLOWED_CLASSES):
-            return torch.load(path, map_location=map_location, weights_only=True)
+def name_of(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
 
 
-class _WatchedFile(io.FileIO):
-    """Remembers why a write failed: torch's zip writer reports a full disk as an unexpected position."""
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.failure = error
-            raise
-
-
-def publish(engine: Any, folder: Path, state: TrainState, facts: dict[str, Any], keep: int) -> Path:
-    """Save a checkpoint with all ranks and publish it when every byte of every rank is on disk.
-
-    Args:
-        folder: RUN/checkpoints.
-        facts: what else a resumed run has to know; JSON.
-        keep: how many published checkpoints stay.
-
-    Raises:
-        OutputError: on every rank, if any rank couldn't write. Older checkpoints are untouched.
-    """
-    target = folder / f"{_PREFIX}{state.step:08d}"
-    part = folder / f"{_PART}{target.name}"
-    writer = SafeCheckpointEngine()
-
-    def prepare() -> None:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-
-    dist.on_rank_zero(prepare, f"starting the checkpoint {target}")
-    with _engine_writes_with(engine, writer):
-        engine.save_checkpoint(str(folder), tag=part.name, save_latest=False)
-    records = _agreed(lambda: _describe(writer), part, target)
-    all_records = [record for rank_records in dist.gather(records) for record in rank_records]
-
-    def finish() -> None:
-        state_file = part / _STATE
-        _write_json(state_file, {**asdict(state), **facts})
-        manifest = {
-            "step": state.step,
-            "world_size": dist.world_size(),
-            "files": [asdict(r) for r in sorted([*all_records, _record(state_file)], key=lambda r: r.name)],
-        }
-        _write_json(part / _MANIFEST, manifest)
-        _sync_folder(part)
-        shutil.rmtree(target, ignore_errors=True)  # an unverified one of the same step, from a life before a fall-back
-        part.rename(target)
-        _sync_folder(folder)
-        _prune(folder, state.step, keep)
-
-    _agreed(lambda: finish() if dist.rank() == 0 else None, part, target)
-    return target
+def manifest_text(step: int, world_size: int, files: Sequence[FileRecord], validation_loss: float | None = None) -> str:
+    """The contents of ``manifest.json``, a digest of themselves among them."""
+    data = {
+        "step": step,
+        "world_size": world_size,
+        "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "validation_loss": validation_loss,
+        "files": [asdict(record) for record in sorted(files, key=lambda record: record.name)],
+    }
+    return json.dumps({**data, "sha256": _digest(data)}, indent=1)
 
 
 def find(folder: Path) -> list[Checkpoint]:
     """Published checkpoints, newest step first; the order is the manifest's, never a time stamp's."""
     found = []
-    for path in folder.glob(f"{_PREFIX}*"):
+    for path in folder.glob(f"{PREFIX}*"):
         try:
             found.append(read(path))
         except CheckpointError as error:
@@ -149,28 +82,37 @@ def find(folder: Path) -> list[Checkpoint]:
 
 
 def read(path: Path) -> Checkpoint:
-    """What the manifest of one ``step-XXXXXXXX/`` says; verify() says whether it is true.
+    """What the manifest of one ``step-XXXXXXXX/`` says; verify() says whether it is true of the files.
 
     Raises:
-        CheckpointError: it isn't a published checkpoint.
+        CheckpointError: it isn't a published checkpoint, or the manifest itself is damaged.
     """
     try:
-        data = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        files = tuple(FileRecord(**item) for item in data["files"])
-        return Checkpoint(path, int(data["step"]), int(data["world_size"]), files)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if data.pop("sha256") != _digest(data):
+            raise ValueError("its manifest doesn't agree with its own digest")
+        files = tuple(FileRecord(**item) for item in data.pop("files"))
+        for record in files:
+            if Path(record.name).name != record.name or record.name == MANIFEST:
+                raise ValueError(f"a file of it would be {record.name!r}")
+        return Checkpoint(path, files=files, **data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = error if isinstance(error, ValueError) else repr(error)
         raise CheckpointError(
-            f"{path} is not a complete checkpoint: {error!r}", "use another checkpoint of the run"
+            f"{path} is not a complete checkpoint: {found}", "use another checkpoint of the run"
         ) from error
 
 
-def verify(checkpoint: Checkpoint) -> None:
+def verify(checkpoint: Checkpoint, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
     """Compare every byte with the manifest, in this process alone.
+
+    Args:
+        progress: called with the size of each file that was read.
 
     Raises:
         CheckpointError: naming the damaged files.
     """
-    damage = _damage(checkpoint.path, checkpoint.files)
+    damage = _damage(checkpoint.path, checkpoint.files, progress)
     if damage:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} is damaged: {'; '.join(damage[:3])}{' ..' if damage[3:] else ''}",
@@ -190,21 +132,14 @@ def open_run_or_checkpoint(path: Path) -> Checkpoint:
     advice = "name a run directory that has saved a checkpoint, or one of its checkpoints/step-XXXXXXXX"
     if not path.is_dir():
         raise CheckpointError(f"{path} {'is a file' if path.exists() else 'does not exist'}", advice)
-    if path.name.startswith(_PREFIX) or (path / _MANIFEST).exists():
+    if path.name.startswith(PREFIX) or (path / MANIFEST).exists():
         checkpoint = read(path)
         verify(checkpoint)
         return checkpoint
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    candidates = find(folder)
-    for checkpoint in candidates:
-        try:
-            verify(checkpoint)
-        except CheckpointError as error:
-            log().warning("%s; falling back to the one before", error.message)
-        else:
-            return checkpoint
-    if candidates:
-        raise _none_is_whole(folder, len(candidates))
+    found = _newest_whole(folder, _candidates(folder), lambda checkpoint: _damage(checkpoint.path, checkpoint.files))
+    if found:
+        return found
     entries = sorted(entry.name for entry in folder.iterdir())
     content = ", ".join(entries[:8]) + (f" and {len(entries) - 8} more" if entries[8:] else "")
     raise CheckpointError(f"{folder} holds no whole checkpoint, it holds {content or 'nothing'}", advice)
@@ -216,152 +151,65 @@ def newest_verified(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: there are checkpoints, but no whole one.
     """
-    candidates = dist.on_rank_zero(lambda: find(folder), f"looking for checkpoints in {folder}")
-    for checkpoint in candidates:
+    candidates = dist.on_rank_zero(lambda: _candidates(folder), f"looking for checkpoints in {folder}")
+
+    def damage(checkpoint: Checkpoint) -> list[str]:
         mine = checkpoint.files[dist.rank() :: dist.world_size()]
-        damage = [line for lines in dist.gather(_damage(checkpoint.path, mine)) for line in lines]
-        if not damage:
-            return checkpoint
-        log().warning("checkpoint %s is damaged, falling back to the one before: %s", checkpoint.path, damage[0])
-    if candidates:
-        raise _none_is_whole(folder, len(candidates))
-    return None
+        return [line for lines in dist.gather(_damage(checkpoint.path, mine)) for line in lines]
+
+    return _newest_whole(folder, candidates, damage)
 
 
-def read_state(checkpoint: Checkpoint) -> tuple[TrainState, dict[str, Any]]:
-    """Our part of a checkpoint: the training's state, and the facts that publish() was given.
-
-    Raises:
-        CheckpointError: it was made by another version.
-    """
-    data = json.loads((checkpoint.path / _STATE).read_text(encoding="utf-8"))
-    try:
-        step, samples_seen, skipped = (data.pop(key) for key in ("step", "samples_seen", "skipped_in_a_row"))
-        accounts = tuple(EpochAccount(**account) for account in data.pop("ledger")["accounts"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path} was made by another version: its state doesn't fit ({error!r})",
-            "finish that run with the version that began it, or choose another --run-dir",
-        ) from error
-    return TrainState(step, samples_seen, skipped, Ledger(accounts)), data
+def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """``state.json``: the training's state, and the facts about the run that it was saved with."""
+    data: dict[str, Any] = json.loads((checkpoint.path / STATE).read_text(encoding="utf-8"))
+    return data
 
 
-def load(engine: Any, checkpoint: Checkpoint) -> None:
-    """Load weights, masters and optimizer states into a fresh engine.
-
-    Raises:
-        ConfigError: the checkpoint was written by another number of processes.
-        CheckpointError: on every rank, if any rank couldn't load.
-    """
-    if checkpoint.world_size != dist.world_size():
-        raise ConfigError(
-            f"{checkpoint.path} was written by {checkpoint.world_size} processes, this job has {dist.world_size()}",
-            f"start it with {checkpoint.world_size} processes; other numbers are not possible yet",
-        )
-
-    # DeepSpeed puts these back from the checkpoint too; they belong to the configuration, which may have changed.
-    weight_decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    clip_grad = getattr(engine.optimizer, "clip_grad", None)
-
-    def load_own() -> None:
-        try:
-            with _engine_writes_with(engine, SafeCheckpointEngine()):
-                path, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-            if path is None:
-                raise RuntimeError("DeepSpeed found nothing to load")
-        except (OSError, RuntimeError, AssertionError, KeyError, EOFError, UnpicklingError) as error:
-            raise CheckpointError(f"rank {dist.rank()} cannot load {checkpoint.path}: {error!r}") from error
-
-    dist.all_agree(load_own, f"loading {checkpoint.path}")
-    for group, weight_decay in zip(engine.optimizer.param_groups, weight_decays, strict=True):
-        group["weight_decay"] = weight_decay
-    if clip_grad is not None:
-        engine.optimizer.clip_grad = clip_grad
-
-
-def remove_unpublished(folder: Path) -> None:
-    """Delete what a killed save left behind; by rank 0, while it holds the run directory's lock."""
-    for path in folder.glob(f"{_PART}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _engine_writes_with(engine: Any, writer: SafeCheckpointEngine) -> Iterator[None]:
-    usual, engine.checkpoint_engine = engine.checkpoint_engine, writer
-    # DeepSpeed copies two scripts into every checkpoint, outside its writer; a full disk would raise on rank 0 alone.
-    engine._copy_recovery_script = lambda save_path: None
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine = usual
-        del engine._copy_recovery_script
-
-
-def _describe(writer: SafeCheckpointEngine) -> list[FileRecord]:
-    if writer.failure is not None:
-        raise writer.failure
-    return [_record(path) for path in writer.written]
-
-
-def _agreed(action: Any, part: Path, target: Path) -> Any:
-    try:
-        return dist.all_agree(action, f"writing the checkpoint {target}")
-    except OutputError:
-        if dist.rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def _record(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return FileRecord(path.name, path.stat().st_size, digest.hexdigest())
-
-
-def _damage(folder: Path, records: tuple[FileRecord, ...]) -> list[str]:
+def _damage(
+    folder: Path, records: Sequence[FileRecord], progress: Callable[[int], None] = lambda num_bytes: None
+) -> list[str]:
     lines = []
     for record in records:
         path = folder / record.name
         try:
-            found = _record(path)
+            if path.is_symlink():
+                raise OSError(None, "it is a symbolic link")
+            with path.open("rb") as file:
+                found, num_bytes = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
         except OSError as error:
             lines.append(f"{path}: {error.strerror}")
             continue
-        if found.bytes != record.bytes:
-            lines.append(f"{path} has {found.bytes} bytes, its manifest says {record.bytes}")
-        elif found.sha256 != record.sha256:
-            lines.append(f"{path} has SHA-256 {found.sha256[:12]}.., its manifest says {record.sha256[:12]}..")
+        if num_bytes != record.bytes:
+            lines.append(f"{path} has {num_bytes} bytes, its manifest says {record.bytes}")
+        elif found != record.sha256:
+            lines.append(f"{path} has SHA-256 {found[:12]}.., its manifest says {record.sha256[:12]}..")
+        progress(record.bytes)
     return lines
 
 
-def _none_is_whole(folder: Path, count: int) -> CheckpointError:
-    return CheckpointError(
-        f"none of the {count} checkpoints in {folder} is whole (the log names each damaged file)",
-        "restore one from a copy, or start a new run with another --run-dir",
-    )
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Keep the newest ones up to the step just published; later ones were damaged and are of a dropped future."""
-    found = find(folder)
-    past = [checkpoint for checkpoint in found if checkpoint.step <= step]
-    for checkpoint in [*past[keep:], *(checkpoint for checkpoint in found if checkpoint.step > step)]:
-        # Renamed first: a deletion that is killed half-way is swept at the next start.
-        gone = checkpoint.path.with_name(_PART + checkpoint.path.name)
-        checkpoint.path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+def _candidates(folder: Path) -> tuple[list[Checkpoint], int]:
+    """What could be loaded, and how many folders look as if they could."""
+    return find(folder), len(list(folder.glob(f"{PREFIX}*")))
 
 
-def _write_json(path: Path, data: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _newest_whole(
+    folder: Path, candidates: tuple[list[Checkpoint], int], damage: Callable[[Checkpoint], list[str]]
+) -> Checkpoint | None:
+    found, num_folders = candidates
+    for checkpoint in found:
+        lines = damage(checkpoint)
+        if not lines:
+            return checkpoint
+        log().warning("checkpoint %s is damaged, falling back to the one before: %s", checkpoint.path, lines[0])
+    if num_folders:
+        # Never from the beginning without a word, where there is a run.
+        raise CheckpointError(
+            f"none of the {num_folders} checkpoints in {folder} is whole (the log names what is damaged)",
+            "restore one from a copy, or start a new run with another --run-dir",
+        )
+    return None

@@ -14,13 +14,8 @@ from swinv2_scale.data.loader import Batch, MakeSample, PositionDataset, Share, 
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote
 from swinv2_scale.data.remote.pipe import PIPE_PREFIX, pipe_command
-from swinv2_scale.data.shards.manifest import (
-    FileProblem,
-    ShardSet,
-    raise_file_problems,
-    read_shard_set,
-)
 from swinv2_scale.data.shards.reader import ShardReader
+from swinv2_scale.data.shards.shard_set import FileProblem, ShardSet, raise_file_problems, read_shard_set
 from swinv2_scale.data.sources.embedded import EMBEDDED_PREFIX, embedded_shards
 from swinv2_scale.errors import DataError
 from swinv2_scale.tasks.base import Task
@@ -32,6 +27,7 @@ class Inputs:
     """The data sets of a job; the same on every rank."""
 
     config: RunConfig
+    remote: RemoteFiles
     train: ShardSet
     validation: ShardSet | None
 
@@ -47,11 +43,6 @@ class Inputs:
             self.train.sources,
             data.train_weights,
         )
-
-    @cached_property
-    def _remote(self) -> RemoteFiles:
-        data = self.config.data
-        return RemoteFiles(data.remote, num_readers=dist.local_world_size() * (data.num_workers + 1))
 
     def training(self, task: Task, start_step: int, end_step: int) -> Generator[Batch]:
         """This rank's micro-batches of the steps from ``start_step`` (counted from 0) up to ``end_step``."""
@@ -82,13 +73,11 @@ class Inputs:
         """
         share = self.config.data.max_quarantined_share
         if len(lost) > share * self.num_held_back:
-            error = DataError(
+            raise DataError(
                 f"{len(lost)} of {self.num_held_back} validation samples are damaged, data.max_quarantined_share is "
                 f"{share:.3%}; the first: {lost[0].cause}",
                 "swinv2-scale shards verify lists all of them",
-            )
-            error.is_shared = True
-            raise error
+            ).shared()
 
     def _evaluation(self, task: Task, num_samples: int, share: Share) -> Iterator[Batch]:
         assert self.validation is not None
@@ -100,7 +89,7 @@ class Inputs:
         self, shards: ShardSet, order: Order, make_sample: MakeSample, fixed_epoch: str | None = None
     ) -> PositionDataset:
         skip_damaged = self.config.data.max_quarantined_share > 0
-        return PositionDataset(ShardReader(shards, self._remote), order, make_sample, skip_damaged, fixed_epoch)
+        return PositionDataset(ShardReader(shards, self.remote), order, make_sample, skip_damaged, fixed_epoch)
 
     def _share(self, task: Task, micro_batch_size: int, rank: int, world_size: int) -> Share:
         data = self.config.data
@@ -122,8 +111,13 @@ def open_inputs(config: RunConfig) -> Inputs:
     Raises:
         DataError: on every rank: no shards, damaged ones, too few samples, or training samples held back.
         OutputError: embedded shards can't be written.
+        ConfigError: the cache can't hold a block of each reader.
     """
-    train = _open_shard_set(config, config.data.train, "training", config.data.train_weights is not None)
+    num_readers = dist.local_world_size() * (config.data.num_workers + 1)
+    remote = dist.all_agree(
+        lambda: RemoteFiles(config.data.remote, num_readers=num_readers), "looking at the cache's size"
+    )
+    train = _open_shard_set(config, remote, config.data.train, "training", config.data.train_weights is not None)
     if train.num_samples < config.data.global_batch_size:
         raise DataError(
             f"data.train has {train.num_samples} samples, fewer than data.global_batch_size "
@@ -131,20 +125,21 @@ def open_inputs(config: RunConfig) -> Inputs:
             "add shards or make the global batch smaller",
         )
     if config.data.validation is None:
-        return Inputs(config, train, None)
-    validation = _open_shard_set(config, config.data.validation, "validation", is_mixture=False)
+        return Inputs(config, remote, train, None)
+    validation = _open_shard_set(config, remote, config.data.validation, "validation", is_mixture=False)
     if not validation.num_samples:
         raise DataError("data.validation has no samples", "name shards that have some, or leave the key out")
     both = {entry.sha256 for entry in train.entries} & {entry.sha256 for entry in validation.entries}
     if both:
         name = next(name for name, entry in zip(train.locations, train.entries, strict=True) if entry.sha256 in both)
         raise DataError(f"{name} is in data.train and in data.validation", "hold some shards back")
-    return Inputs(config, train, validation)
+    return Inputs(config, remote, train, validation)
 
 
-def _open_shard_set(config: RunConfig, pattern: ShardPattern, use: str, is_mixture: bool) -> ShardSet:
+def _open_shard_set(
+    config: RunConfig, remote: RemoteFiles, pattern: ShardPattern, use: str, is_mixture: bool
+) -> ShardSet:
     def read() -> ShardSet:
-        remote = RemoteFiles(config.data.remote)
         patterns = [
             embedded_shards(part, Path(config.data.shards_dir)) if part.startswith(EMBEDDED_PREFIX) else part
             for part in patterns_of(pattern)
@@ -161,7 +156,7 @@ def _open_shard_set(config: RunConfig, pattern: ShardPattern, use: str, is_mixtu
         return ShardSet.joined(sources)
 
     shards = dist.on_rank_zero(read, f"opening the {use} shards")
-    _check_files(config, shards, use)
+    _check_files(config, remote, shards, use)
     log().info(
         "%s data: %s samples in %d shards, %.1f MiB (%s)",
         use,
@@ -174,11 +169,11 @@ def _open_shard_set(config: RunConfig, pattern: ShardPattern, use: str, is_mixtu
     return shards
 
 
-def _check_files(config: RunConfig, shards: ShardSet, use: str) -> None:
+def _check_files(config: RunConfig, remote: RemoteFiles, shards: ShardSet, use: str) -> None:
     """One process of each node looks for the files."""
 
     def look() -> list[FileProblem] | None:
-        return shards.file_problems(RemoteFiles(config.data.remote)) if dist.local_rank() == 0 else None
+        return shards.file_problems(remote) if dist.local_rank() == 0 else None
 
     found = dist.gather(dist.all_agree(look, f"checking the {use} shards"))
     nodes = [problems for problems in found if problems is not None]

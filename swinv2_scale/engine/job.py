@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.data.ledger import Quarantined
-from swinv2_scale.engine import activation_checkpointing, checkpoint, evaluate, zero
+from swinv2_scale.engine import activation_checkpointing, evaluate, random_states, restore, zero
 from swinv2_scale.engine.deepspeed_config import accumulation_steps, read_back, translate
 from swinv2_scale.engine.deepspeed_import import deepspeed, deepspeed_logger
 from swinv2_scale.engine.inputs import Inputs, open_inputs
@@ -25,6 +25,7 @@ from swinv2_scale.engine.output import Output
 from swinv2_scale.engine.preemption import StopRequest
 from swinv2_scale.engine.resume import Resume, facts_of, find_checkpoint, plain, versions
 from swinv2_scale.engine.run_dir import RunDirectory
+from swinv2_scale.engine.saving import Saver
 from swinv2_scale.engine.start import first_values, settle
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.errors import ClusterError, ConfigError, ExitCode
@@ -87,6 +88,8 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, shapes, config.optim), config=ds_config
     )
+    # Stage 0 in bf16 takes an update with zero gradients to allocate its states; it isn't one of ours.
+    zero.adamw(engine).state.clear()
     if config.engine.precision == "bf16" and not will_load:
         zero.assign_masters(engine, first_values(model, shapes, config.seed, loading))
     read_back(engine, config, dist.world_size())
@@ -105,7 +108,7 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
 def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, stop_request: StopRequest) -> ExitCode:
     config = loaded.config
     num_micro_batches = accumulation_steps(config, dist.world_size())
-    dist.all_agree(lambda: directory.open() if dist.rank() == 0 else None, "opening the run directory")
+    directory.life = dist.on_rank_zero(directory.open, "opening the run directory")
     dist.all_agree(lambda: log_to_file(directory.log(dist.rank()), deepspeed_logger), "opening the log")
     _greet(config, directory, num_micro_batches)
     inputs = open_inputs(config)
@@ -122,10 +125,11 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
     batches = inputs.training(task, state.step, last_step)  # starts no worker before the first is asked for
     engine = build_engine(config, task, loading, will_load=found is not None)
     if found:
-        checkpoint.load(engine, found)
+        restore.load(engine, found, config.data.global_batch_size)
     output = dist.all_agree(
         lambda: Output(loaded, directory, state.step) if dist.rank() == 0 else None, "opening the run's files"
     )
+    saver = Saver(engine, directory.checkpoints, directory.staging, config.checkpoint)
     progress = ProgressLine(config.optim.total_steps, config.logging.console_every_steps, dist.rank() == 0)
     loop = Loop(
         engine=engine,
@@ -135,14 +139,17 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
         order=inputs.order,
         batches=batches,
         num_micro_batches=num_micro_batches,
-        between_steps=_BetweenSteps(engine, task, inputs, directory, output),
+        between_steps=_BetweenSteps(engine, task, inputs, saver, output),
         progress=progress,
         stop_request=stop_request,
         last_step=last_step,
     )
+    if found:
+        random_states.restore(found, dist.rank(), dist.world_size())
     try:
         code = loop.run()
     finally:
+        saver.close()
         batches.close()
         progress.close()
         if output:
@@ -159,20 +166,17 @@ class _BetweenSteps:
     engine: Any
     task: Task
     inputs: Inputs
-    directory: RunDirectory
+    saver: Saver
     output: Output | None
 
     @property
     def has_validation(self) -> bool:
         return self.inputs.validation is not None
 
-    def save(self, state: TrainState) -> None:
-        started = time.perf_counter()
+    def begin_save(self, state: TrainState, validation_loss: float | None) -> None:
         dist.all_agree(lambda: self.output.sync() if self.output else None, "writing the metrics")
-        config = self.inputs.config
-        facts = facts_of(config, self.inputs.train)
-        path = checkpoint.publish(self.engine, self.directory.checkpoints, state, facts, config.checkpoint.keep)
-        log().info("step %d: checkpoint %s (%.1f s)", state.step, path, time.perf_counter() - started)
+        facts = facts_of(self.inputs.config, self.inputs.train)
+        self.saver.begin(state.step, {**asdict(state), **facts}, validation_loss)
 
     def validate(self, step: int) -> float:
         loss, lost = evaluate.validation_loss(self.engine, self.task, self.inputs.held_back(self.task))

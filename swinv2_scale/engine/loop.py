@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,8 +17,9 @@ from swinv2_scale.data.loader import Batch
 from swinv2_scale.data.order import Order
 from swinv2_scale.engine.optim import learning_rate
 from swinv2_scale.engine.preemption import StopRequest
+from swinv2_scale.engine.saving import Saver
 from swinv2_scale.engine.step import StepResult, TrainState, train_step
-from swinv2_scale.errors import DataError, DivergedError, ExitCode, OutputError, ScaleError
+from swinv2_scale.errors import DataError, DivergedError, ExitCode, OutputError, PeerLostError, ScaleError
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import ProgressLine, log
 from swinv2_scale.telemetry.metrics import peak_memory_bytes
@@ -30,8 +31,13 @@ class BetweenSteps(Protocol):
     @property
     def has_validation(self) -> bool: ...
 
-    def save(self, state: TrainState) -> None:
-        """Publish a checkpoint."""
+    @property
+    def saver(self) -> Saver:
+        """Publishes what begin_save() began."""
+        ...
+
+    def begin_save(self, state: TrainState, validation_loss: float | None) -> None:
+        """Take a snapshot, to be written while training goes on."""
         ...
 
     def validate(self, step: int) -> float:
@@ -74,12 +80,24 @@ class Loop:
     progress: ProgressLine
     stop_request: StopRequest
     last_step: int
+    #: The latest one, by its step.
+    validation_losses: dict[int, float] = field(default_factory=dict)
 
     def run(self) -> ExitCode:
         """
         Raises:
             ScaleError: on every rank the same one.
         """
+        try:
+            return self._run()
+        except PeerLostError:
+            raise
+        except ScaleError:
+            self.between_steps.saver.finish()  # all ranks are here: what was saved before isn't lost
+            raise
+
+    def _run(self) -> ExitCode:
+        saver = self.between_steps.saver
         saved_step = self.state.step
         failure: ScaleError | None = None
         while self.state.step < self.last_step:
@@ -90,7 +108,8 @@ class Loop:
             waited = time.perf_counter() - started
             if self._boundary(failure):
                 if self.state.step > saved_step:
-                    self.between_steps.save(self.state)
+                    self.between_steps.begin_save(self.state, None)
+                saver.finish()
                 return ExitCode.STOPPED
             lr = learning_rate(self.state.step, self.config.optim)
             result = train_step(self.engine, self.task, batches, lr)
@@ -101,8 +120,9 @@ class Loop:
             self._check_quarantined(overdrawn)
             if self.state.step % self.config.checkpoint.every_steps == 0 or self.state.step == self.last_step:
                 dist.all_agree(partial(_raise_if, failure), "writing the metrics")
-                self.between_steps.save(self.state)
+                self.between_steps.begin_save(self.state, self.validation_losses.get(self.state.step))
                 saved_step = self.state.step
+        saver.finish()
         return ExitCode.DONE
 
     def _fetch(self) -> tuple[list[Batch], ScaleError | None]:
@@ -119,10 +139,13 @@ class Loop:
 
     def _boundary(self, failure: ScaleError | None) -> bool:
         """The one place of a step where ranks agree on failures and stop signals. True: stop."""
-        flags = torch.tensor([failure is not None, self.stop_request.is_made], device=self.engine.device).int()
-        has_failed, must_stop = dist.sum_over_ranks(flags).tolist()
+        saver = self.between_steps.saver
+        flags = torch.tensor([failure is not None, self.stop_request.is_made, saver.is_busy]).int()
+        has_failed, must_stop, num_busy = dist.sum_over_ranks(flags.to(self.engine.device)).tolist()
         if has_failed:
             dist.all_agree(lambda: _raise_if(failure), "training")
+        if saver.is_pending and not num_busy:
+            saver.advance()
         if must_stop:
             name = self.stop_request.signal.name if self.stop_request.signal else "a signal to another rank"
             log().info("stopping after step %d: %s", self.state.step, name)
@@ -154,14 +177,12 @@ class Loop:
     def _check_quarantined(self, account: EpochAccount | None) -> None:
         if account:
             size = self.order.sources[account.source].num_samples
-            error = DataError(
+            raise DataError(
                 f"{account.quarantined} of {size:,} training samples{self._of_source(account)} are in quarantine in "
                 f"epoch {account.number}, more than data.max_quarantined_share "
                 f"{self.config.data.max_quarantined_share:.3%} allows; they are listed in RUN/quarantine.jsonl",
                 "swinv2-scale shards verify finds all that are damaged; replace those shards, or allow more",
-            )
-            error.is_shared = True
-            raise error
+            ).shared()
 
     def _check_skipped(self, result: StepResult) -> None:
         if result.is_applied:
@@ -207,6 +228,7 @@ class Loop:
         is_end = step == self.config.optim.total_steps
         if self.between_steps.has_validation and _is_due(step, evaluation.every_steps, is_end):
             row["validation_loss"] = self.between_steps.validate(step)
+            self.validation_losses = {step: row["validation_loss"]}
             log().info("step %d: validation loss %.4f", step, row["validation_loss"])
         self.progress.show(step, result.loss, rate, waited / seconds, seconds, peak_memory_bytes(self.engine.device))
         failure: ScaleError | None = None

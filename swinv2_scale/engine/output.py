@@ -11,7 +11,6 @@ from PIL.Image import Image
 from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig, to_yaml
 from swinv2_scale.data.ledger import Quarantined
-from swinv2_scale.engine.checkpoint import remove_unpublished
 from swinv2_scale.engine.resume import versions
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.telemetry.metrics import MetricsFile, read_metrics
@@ -31,7 +30,6 @@ class Output:
     """
 
     def __init__(self, loaded: LoadedConfig, directory: RunDirectory, resumed_step: int) -> None:
-        remove_unpublished(directory.checkpoints)
         directory.write_config(to_yaml(loaded))
         directory.record_life(from_step=resumed_step, world_size=dist.world_size(), **versions())
         self._panels = directory.panels

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
+import swinv2_scale
 from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig, flatten
 from swinv2_scale.config.rules import changes
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.source import as_tuples
-from swinv2_scale.data.shards.manifest import ShardSet
+from swinv2_scale.data.ledger import EpochAccount, Ledger
+from swinv2_scale.data.shards.shard_set import ShardSet
 from swinv2_scale.engine import checkpoint
 from swinv2_scale.engine.checkpoint import Checkpoint
 from swinv2_scale.engine.run_dir import RunDirectory
@@ -49,7 +54,7 @@ def find_checkpoint(
             f"--resume never, but {directory.root} holds a run at step {found.step}",
             "choose another --run-dir for a new run; nothing here is overwritten",
         )
-    state, facts = dist.on_rank_zero(lambda: checkpoint.read_state(found), f"reading {found.path}")
+    state, facts = dist.on_rank_zero(lambda: read_state(found), f"reading {found.path}")
     windows = as_tuples(facts["config"].get("model.pretrained_window_sizes"))
     if windows:
         asked = loaded.config.model
@@ -63,15 +68,46 @@ def find_checkpoint(
     return found, state, loaded
 
 
+def read_state(found: Checkpoint) -> tuple[TrainState, dict[str, Any]]:
+    """The training's state in a checkpoint, and the facts that facts_of() gave.
+
+    Raises:
+        CheckpointError: it was made by another version.
+    """
+    data = checkpoint.read_state(found)
+    try:
+        step, samples_seen, skipped = (data.pop(key) for key in ("step", "samples_seen", "skipped_in_a_row"))
+        accounts = tuple(EpochAccount(**account) for account in data.pop("ledger")["accounts"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{found.path} was made by another version: its state doesn't fit ({error!r})",
+            "finish that run with the version that began it, or choose another --run-dir",
+        ) from error
+    return TrainState(step, samples_seen, skipped, Ledger(accounts)), data
+
+
 def facts_of(config: RunConfig, train: ShardSet) -> dict[str, Any]:
     """What a checkpoint says about its run."""
     return {"config": plain(config), "train_digest": train.digest, "versions": versions()}
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that the numbers depend on."""
+    """Of Python and the packages that the numbers depend on, and the git revision where this is a checkout."""
     names = ("swinv2-scale", "torch", "deepspeed", "webdataset", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {**found, "git": _git_revision()}
+
+
+@cache
+def _git_revision() -> str:
+    """``a1b2c3d``, with ``+changes`` where files differ from it; empty without git or outside a checkout."""
+    package = Path(swinv2_scale.__file__).parent
+    describe = ["git", "-C", str(package), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
+    try:
+        found = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603  no shell
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()
 
 
 def _compare_runs(facts: dict[str, Any], config: RunConfig, train: ShardSet, directory: RunDirectory) -> None:

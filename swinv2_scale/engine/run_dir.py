@@ -1,11 +1,20 @@
-"""The run directory: layout, one job at a time, and a line for every life of the run."""
+"""The run directory: layout, one job at a time, and a line for every life of the run.
+
+Two things keep jobs apart. The lock says at once that a run is in use, where the file system has locks between the
+nodes. Where it hasn't, or where a job that was taken for dead wakes up, the staging folder decides: every life writes
+its checkpoints into one of its own, a new life deletes those of the others first, and what isn't there can't be renamed
+into a checkpoint. So the life that began last is the only one that can publish.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import secrets
+import shutil
 import socket
 import sys
 import time
@@ -14,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from swinv2_scale.durable import write_whole
+from swinv2_scale.engine.checkpoint import PART
 from swinv2_scale.errors import OutputError
 
 
@@ -28,6 +38,8 @@ class RunDirectory:
     """``RUN/``: config.yaml, {metrics, quarantine, lives}.jsonl, tensorboard/, panels/, checkpoints/, log/."""
 
     root: Path
+    #: Of the life that open() began; rank 0 tells the others.
+    life: str = ""
     _lock: IO[str] | None = field(default=None, repr=False)
 
     @property
@@ -54,11 +66,35 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
+    @property
+    def staging(self) -> Path:
+        """Where this life writes checkpoints before they are published."""
+        return self.checkpoints / f"{PART}{self.life}"
+
     def log(self, rank: int) -> Path:
         return self.root / "log" / f"rank-{rank}.log"
 
-    def open(self) -> None:
-        """Make the folders and take the lock; by rank 0 alone.
+    def open(self) -> str:
+        """Begin a life of the run, after which no other can publish a checkpoint; by rank 0 alone.
+
+        Returns:
+            its name, for the other ranks' ``life``.
+
+        Raises:
+            OutputError: another job is using it, or it can't be written.
+        """
+        self.lock()
+        self.life = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            self._end_other_lives()
+            self.staging.mkdir()
+        except OSError as error:
+            self.close()
+            raise OutputError(f"cannot write {self.checkpoints}: {error}", "choose another --run-dir") from error
+        return self.life
+
+    def lock(self) -> None:
+        """Make the folders and take the lock.
 
         Raises:
             OutputError: another job is using it, or it can't be written.
@@ -90,6 +126,16 @@ class RunDirectory:
         lock.flush()
         self._lock = lock
 
+    def _end_other_lives(self) -> None:
+        """Delete what killed saves and deletions left; renamed first, as a name vanishes at one instant."""
+        for path in self.checkpoints.glob(f"{PART}*"):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+                continue
+            gone = path.with_name(f"{PART}gone-{secrets.token_hex(4)}")
+            path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
     def write_config(self, text: str) -> None:
         write_whole(self.config, text)
 
@@ -97,6 +143,7 @@ class RunDirectory:
         """Add a line about this start of the run: when, where, from which step, with what command."""
         line = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "life": self.life,
             "host": socket.gethostname(),
             "command": sys.argv,
             **facts,
@@ -105,6 +152,9 @@ class RunDirectory:
             file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
+        if self._lock is not None and self.life:
+            with contextlib.suppress(OSError):  # not empty: a save was given up, the next life deletes it
+                self.staging.rmdir()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

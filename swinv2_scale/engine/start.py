@@ -12,9 +12,9 @@ from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.engine import checkpoint, zero
-from swinv2_scale.engine.consolidate import MasterWeights
+from swinv2_scale.engine.consolidate import SavedTensors
 from swinv2_scale.engine.run_dir import is_run_or_checkpoint
-from swinv2_scale.errors import ConfigError
+from swinv2_scale.errors import CheckpointError, ConfigError
 from swinv2_scale.models.initialise import initial_values
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import log
@@ -37,11 +37,17 @@ def open_source(path: Path) -> Weights:
     return open_weights(path)
 
 
-def consolidated(found: checkpoint.Checkpoint) -> Weights:
-    """The float32 masters of a checkpoint as named tensors."""
-    masters = MasterWeights(found)
-    _, facts = checkpoint.read_state(found)
-    flat = {tuple(key.split(".")): value for key, value in facts["config"].items()}
+def consolidated(found: checkpoint.Checkpoint, kind: str = "master") -> Weights:
+    """The float32 masters of a checkpoint, or their average (``ema``), as named tensors.
+
+    Raises:
+        CheckpointError: there is no average in it.
+    """
+    masters = SavedTensors(found)
+    if kind not in masters.kinds:
+        raise CheckpointError(f"{found.path} holds no average of the weights", "set optim.ema_decay in the run")
+    config = checkpoint.read_state(found)["config"]
+    flat = {tuple(key.split(".")): value for key, value in config.items()}
     model = {path[1]: value for path, value in flat.items() if path[0] == "model" and len(path) == 2}
     names = {name.removeprefix(BACKBONE): name for name in masters.shapes}
     return Weights(
@@ -53,7 +59,7 @@ def consolidated(found: checkpoint.Checkpoint) -> Weights:
             pixel_std=tuple(flat["data", "pixel_std"]),
         ),
         metas={ours: torch.empty(masters.shapes[name], device="meta") for ours, name in names.items()},
-        tensor=lambda ours: masters.tensor(names[ours]),
+        tensor=lambda ours: masters.tensor(names[ours], kind),
         dropped={},
     )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swinv2_scale import dist
+from swinv2_scale.engine.adamw import AdamW
 from swinv2_scale.engine.deepspeed_import import deepspeed
 
 
@@ -48,36 +51,107 @@ def assign(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
                 parameter.copy_(value)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of a parameter's master: values ``first`` to ``first + numel`` of it, flattened, are the
+    values of ``master``, flattened, from ``start`` on."""
+
+    name: str
+    master: Tensor  # what AdamW steps on
+    start: int
+    first: int
+    numel: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.numel
+
+
+def parts(engine: Any) -> list[Part]:
+    """What this rank holds of every trained parameter, at any stage and precision.
+
+    After ``deepspeed.initialize``. The parts of all ranks together are every master once (at stage 0: once a rank).
+    """
+    optimizer = engine.optimizer
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    found: list[Part] = []
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3: a W-th of every parameter, the last one padded
+        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+            start = 0
+            for parameter in group:
+                size = parameter.ds_tensor.numel()
+                first = min(size * dist.rank(), parameter.ds_numel)
+                found.append(Part(names[parameter], flat, start, first, min(size, parameter.ds_numel - first)))
+                start += size
+    elif groups := _groups_with_flat_parts(optimizer):  # stages 1, 2: a W-th of every group
+        for group, flat in groups:
+            for parameter in group:
+                if parameter._hp_mapping is not None:
+                    there, here = parameter._hp_mapping.get_hp_fragment_address(), parameter._hp_mapping
+                    first = here.lp_fragment_address.start
+                    found.append(Part(names[parameter], flat, there.start, first, there.numel))
+    elif hasattr(optimizer, "fp32_groups"):  # stage 0 in bf16: lists beside the weights
+        for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            found += [Part(names[w], m, 0, 0, m.numel()) for w, m in zip(weights, masters, strict=True)]
+    else:  # stage 0 in float32: the weights themselves
+        masters = [p for group in optimizer.param_groups for p in group["params"]]
+        found += [Part(names[p], p, 0, 0, p.numel()) for p in masters]
+    return found
+
+
+def _groups_with_flat_parts(optimizer: Any) -> list[tuple[list[Any], Tensor]]:
+    """Of stages 1 and 2; stage 1 in bf16 is a class of its own in DeepSpeed."""
+    for weights, masters in (
+        ("bit16_groups", "single_partition_of_fp32_groups"),
+        ("bf16_groups", "fp32_groups_flat_partition"),
+    ):
+        if hasattr(optimizer, masters):
+            return list(zip(getattr(optimizer, weights), getattr(optimizer, masters), strict=True))
+    return []
+
+
+def adamw(engine: Any) -> AdamW:
+    """Our optimizer inside DeepSpeed's."""
+    optimizer = engine.optimizer
+    return optimizer if isinstance(optimizer, AdamW) else optimizer.optimizer
+
+
 @torch.no_grad()
 def assign_masters(engine: Any, values: Iterable[tuple[str, Tensor]]) -> None:
     """Write whole float32 values into the float32 masters of a bf16 engine, unrounded.
 
     After ``deepspeed.initialize``, which makes the masters out of the bf16-rounded weights.
     """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    stage_zero = _stage_zero_masters(engine)
-    parameters = dict(engine.module.named_parameters())
+    by_name: dict[str, list[Part]] = defaultdict(list)
+    for part in parts(engine):
+        by_name[part.name].append(part)
     for name, value in values:
-        parameter = parameters[name]
-        if parameter in stage_zero:
-            stage_zero[parameter].copy_(value)
-        elif not hasattr(parameter, "ds_id"):
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
-        else:
-            # DeepSpeed's whole-value setter fails where the last rank's part is padded; the local one takes a part.
+        for part in by_name[name]:
+            part.master.view(-1)[part.start : part.end].copy_(value.flatten().narrow(0, part.first, part.numel))
+
+
+@torch.no_grad()
+def weights_from_masters(engine: Any, whole: Callable[[str], Tensor]) -> None:
+    """Make the weights of a live engine what their masters say, rounded to their type. Called by all ranks.
+
+    Args:
+        whole: a parameter's whole float32 value by name; at stage 3 asked for frozen parameters alone, which have no
+            masters.
+    """
+    optimizer = engine.optimizer
+    is_partitioned = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    trained = {id(p) for group in optimizer.fp16_groups for p in group} if is_partitioned else set()
+    for name, parameter in engine.module.named_parameters():
+        if not is_partitioned:
+            parameter.copy_(whole(name))
+        elif id(parameter) not in trained:
             size = parameter.ds_tensor.numel()
-            flat = torch.zeros(size * dist.world_size(), device=parameter.ds_tensor.device)
-            flat[: value.numel()].copy_(value.flatten())
-            safe_set_local_fp32_param(parameter, flat.narrow(0, size * dist.rank(), size))
-
-
-def _stage_zero_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """Stage 0 in bf16 keeps its masters in lists beside the weights, which DeepSpeed's setters don't know."""
-    if not hasattr(engine.optimizer, "fp32_groups"):
-        return {}
-    return {
-        weight: master
-        for group, master_group in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
-        for weight, master in zip(group, master_group, strict=True)
-    }
+            flat = torch.zeros(size * dist.world_size())
+            flat[: parameter.ds_numel].copy_(whole(name).flatten())
+            parameter.ds_tensor.copy_(flat.narrow(0, size * dist.rank(), size))
+    if is_partitioned:
+        # As DeepSpeed does after every update; parameters that stay whole on every rank are gathered again.
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()

@@ -19,7 +19,7 @@ class _Formatter(logging.Formatter):
     """Names from outside come into messages; whoever reads a log file does so in a terminal too."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def log() -> logging.Logger:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from swinv2_scale.engine.checkpoint import open_run_or_checkpoint
-from swinv2_scale.engine.consolidate import MasterWeights
+from swinv2_scale.engine.consolidate import SavedTensors
 from tests.support.processes import run_worker
 
 #: tests/distributed/test_stages.py has the real model at every stage and precision, on one and two ranks.
@@ -16,7 +16,7 @@ CASES = ["0 fp32", "1 fp32", "1 bf16", "2 fp32", "2 bf16", "3 fp32", "3 bf16"]
 FROZEN = ["frozen", "frozen_too"]
 
 
-def digest(weights: MasterWeights, names: list[str]) -> str:
+def digest(weights: SavedTensors, names: list[str]) -> str:
     return hashlib.sha256(b"".join(weights.tensor(name).numpy().tobytes() for name in names)).hexdigest()
 
 
@@ -30,19 +30,19 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_float32_master_comes_back_whole_from_three_ranks(three: dict[str, Any], case: str) -> None:
-    weights = MasterWeights(open_run_or_checkpoint(Path(three[case]["checkpoint"])))
+    weights = SavedTensors(open_run_or_checkpoint(Path(three[case]["checkpoint"])))
     assert digest(weights, sorted(set(weights.shapes) - set(FROZEN))) == three[case]["masters"]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_frozen_parameters_come_back_too(three: dict[str, Any], case: str) -> None:
-    weights = MasterWeights(open_run_or_checkpoint(Path(three[case]["checkpoint"])))
+    weights = SavedTensors(open_run_or_checkpoint(Path(three[case]["checkpoint"])))
     assert digest(weights, FROZEN) == three[case]["frozen"]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_have_the_model_s_shapes_in_its_order_and_buffers_are_none(three: dict[str, Any], case: str) -> None:
-    weights = MasterWeights(open_run_or_checkpoint(Path(three[case]["checkpoint"])))
+    weights = SavedTensors(open_run_or_checkpoint(Path(three[case]["checkpoint"])))
     assert [(name, tuple(shape)) for name, shape in weights.shapes.items()] == [
         ("frozen", (5, 3)),
         ("temperature", (1, 1)),

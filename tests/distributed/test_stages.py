@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from swinv2_scale.engine.checkpoint import ALLOWED_CLASSES, open_run_or_checkpoint
-from swinv2_scale.engine.consolidate import MasterWeights
+from swinv2_scale.engine.checkpoint import open_run_or_checkpoint
+from swinv2_scale.engine.consolidate import ALLOWED_CLASSES, SavedTensors
 from tests.support.processes import run_worker
 from tests.support.small_run import write_config
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_gives_every_float32_master_back_whole(
     one: dict[str, Any], two: dict[str, Any], stage: str
 ) -> None:
     for found in (one, two) if stage in ALONE else (two,):
-        weights = MasterWeights(open_run_or_checkpoint(Path(found[stage]["checkpoint"])))
+        weights = SavedTensors(open_run_or_checkpoint(Path(found[stage]["checkpoint"])))
         sha = hashlib.sha256()
         for name in sorted(weights.shapes):
             sha.update(weights.tensor(name).numpy().tobytes())

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Finished, pretrain, start_pretrain
+from swinv2_scale.engine.checkpoint import FileRecord, find, manifest_text
+from tests.support.processes import Finished, pretrain
 from tests.support.small_run import metrics, write_config
 
 
@@ -150,12 +150,6 @@ def test_f07_other_shards_on_resume_are_refused(trained: tuple[Path, Path], shar
     assert_refused(finished, 65, "training shards are not the ones")
 
 
-def test_another_number_of_processes_is_refused(trained: tuple[Path, Path]) -> None:
-    config, run = trained
-    finished = pretrain("--config", config, "--run-dir", run, processes=2)
-    assert_refused(finished, 78, "written by 1 processes, this job has 2")
-
-
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(trained: tuple[Path, Path], tmp_path: Path) -> None:
     config, run = trained
     copy = tmp_path / "run"
@@ -195,29 +189,18 @@ def test_f13_a_hostile_checkpoint_runs_no_code(trained: tuple[Path, Path], tmp_p
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.system, (f"touch {canary}",)
 
-    for folder in copy.glob("checkpoints/step-*"):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for record in manifest["files"]:
-            if record["name"].endswith(".pt"):
+    for found in find(copy / "checkpoints"):
+        records = []
+        for record in found.files:
+            if record.name.endswith(".pt"):
                 data = pickle.dumps(Payload())
-                (folder / record["name"]).write_bytes(data)
-                record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+                (found.path / record.name).write_bytes(data)
+                record = FileRecord(record.name, len(data), hashlib.sha256(data).hexdigest())
+            records.append(record)
+        (found.path / "manifest.json").write_text(manifest_text(found.step, found.world_size, records))
     finished = pretrain("--config", config, "--run-dir", copy)
-    assert_refused(finished, 65, "cannot load")
+    assert_refused(finished, 65, "it is damaged, or holds more than tensors and plain data")
     assert not canary.exists()
-
-
-def test_two_jobs_in_one_run_directory(config: Path, tmp_path: Path) -> None:
-    arguments = ("--config", config, "--run-dir", tmp_path / "run")
-    first = start_pretrain(*arguments)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert first.ranks[0].poll() is None, first.wait().output
-    second = pretrain(*arguments)
-    assert_refused(second, 73, "is in use by pid", "choose another --run-dir")
-    first.ranks[0].send_signal(signal.SIGTERM)
-    stopped = first.wait()
-    assert stopped.code == 85, stopped.output
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -230,7 +213,9 @@ def test_no_space_left_keeps_the_older_checkpoints(config: Path, tmp_path: Path)
         finished = pretrain("--config", config, "--run-dir", run, "checkpoint.every_steps=3", processes=2)
         assert_refused(finished, 73, "No space left", "step-00000006")
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
-        assert [row["step"] for row in metrics(run)] == list(range(1, 7))
+        rows = [row["step"] for row in metrics(run)]  # training went on while the save failed
+        assert rows == list(range(1, len(rows) + 1))
+        assert len(rows) >= 6
         roomier = ["mount", "-o", "remount,size=8m", run / "checkpoints"]
         subprocess.run(roomier, check=True)
         again = pretrain("--config", config, "--run-dir", run, "checkpoint.every_steps=3", "--steps", 6, processes=2)

@@ -45,6 +45,7 @@ from swinv2_scale.data.shards.manifest import (
     split_location,
     write_manifest,
 )
+from swinv2_scale.engine.checkpoint import FileRecord, _digest, manifest_text
 from swinv2_scale.weights.api import save_weights
 from swinv2_scale.weights.facts import Facts
 from tests.support import processes
@@ -333,24 +334,82 @@ def a_folder_with_code_beside_good_weights(place: Place) -> Path:
     return folder
 
 
-def forged_run(place: Place, content: bytes | None = None) -> Path:
-    """A run whose checkpoint's every file is a pickle with code, and whose manifest has the right hashes of them."""
+# --- runs and their checkpoints ---------------------------------------------------------------------------------------
+
+FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt", "random_states_rank_0.pt")
+
+
+def forged_run(place: Place, step: int = 2, folder: Path | None = None, saved: str = "") -> Path:
+    """A run whose checkpoint's every file is a pickle with code; whose manifest has the right hashes of them."""
     run = place.root / "run"
-    folder = run / "checkpoints" / "step-00000002"
+    folder = folder or run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
     records = []
-    names = ("state.json", "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    for name in (*names, "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
-        data = b'{"config": {}}' if name == "state.json" else content or place.pickle
-        place.file(str(folder.relative_to(place.root) / name), data)
-        records.append({"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-    (folder / "manifest.json").write_text(json.dumps({"step": 2, "world_size": 1, "files": records}))
+    state = {"step": step, "config": {"engine.precision": saved, "engine.zero_stage": saved}}
+    for name in ("state.json", *FILES, "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        data = json.dumps(state).encode() if name == "state.json" else place.pickle
+        (folder / name).write_bytes(data)
+        records.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
+    text = manifest_text(step, 1, records)
+    if saved:
+        data = json.loads(text)
+        del data["sha256"]
+        data["saved"] = saved
+        text = json.dumps({**data, "sha256": _digest(data)})
+    (folder / "manifest.json").write_text(text)
     return run
 
 
-@attacks({"export": 65}, lambda entry, run: [run, "x", "--format", "hf"])
-@attacks({"predict": 65}, lambda entry, run: [run, "x.png"])
+def runs(**codes: int) -> Callable[[Any], Any]:
+    """export, predict and the actions of ``checkpoint``; list and prune end with 0 unless said, the others with 65."""
+    usual = {"export": 65, "predict": 65, "list": 0, "verify": 65, "prune": 0, "consolidate": 65}
+    names = {name: name if name in ("export", "predict") else f"checkpoint {name}" for name in usual}
+
+    def words(entry: str, run: Path) -> list[object]:
+        more = {"export": ["x", "--format", "hf"], "predict": ["x.png"], "checkpoint consolidate": ["x.safetensors"]}
+        return [run, *more.get(entry, [])]
+
+    return attacks({names[name]: code for name, code in (usual | codes).items()}, words)
+
+
+@runs(verify=0)
 def a_run_of_pickles(place: Place) -> Path:
     return forged_run(place)
+
+
+@runs(verify=0)
+def a_run_that_commands_a_terminal(place: Place) -> Path:
+    return forged_run(place, saved=f"[/red]{ESCAPE}")
+
+
+@runs()
+def a_checkpoint_of_links(place: Place) -> Path:
+    run = forged_run(place)
+    for path in run.glob("checkpoints/*/*.pt"):
+        path.rename(place.outside.with_name(path.name))
+        path.symlink_to(f"../../../../outside/{path.name}")
+    return run
+
+
+@runs(list=65, prune=65)
+def a_checkpoint_that_names_files_outside(place: Place) -> Path:
+    run = forged_run(place)
+    path = run / "checkpoints" / "step-00000002" / "manifest.json"
+    data = json.loads(path.read_text())
+    del data["sha256"]
+    data["files"][0]["name"] = "../../../../outside/precious"
+    path.write_text(json.dumps({**data, "sha256": _digest(data)}))
+    return run
+
+
+@attacks({"checkpoint prune": 0}, lambda entry, run: [run, "--keep", 2])
+def a_checkpoint_that_is_a_link_to_a_folder_outside(place: Place) -> Path:
+    """Its name goes, its files don't."""
+    for step in (7, 8):
+        run = forged_run(place, step)
+    forged_run(place, 3, folder=place.outside.parent)
+    (run / "checkpoints" / "step-00000003").symlink_to(place.outside.parent)
+    return run
 
 
 @attacks({"predict": 65}, lambda entry, words: words)

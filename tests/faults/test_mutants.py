@@ -14,8 +14,8 @@ from swinv2_scale.data.ledger import Ledger
 from swinv2_scale.data.loader import MakeSample, PositionDataset, Sample, Share, training_batches
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.remote.files import RemoteFiles
-from swinv2_scale.data.shards.manifest import read_shard_set
 from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.shard_set import read_shard_set
 from swinv2_scale.draws import Draw
 from swinv2_scale.errors import SampleError
 from swinv2_scale.tasks.simmim import SimMIMTask

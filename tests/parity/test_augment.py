@@ -15,7 +15,7 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 from swinv2_scale.data.images.augment import OPERATIONS, Warp, rand_augment
 from swinv2_scale.data.images.mixing import cut_box, mix, soft_targets
 from swinv2_scale.draws import Draw
-from tests.unit.data.pictures import smooth
+from tests.support.pictures import smooth
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 FILL = {"RGB": (124, 116, 104), "L": 90}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import shutil
@@ -16,6 +15,7 @@ from PIL import Image
 
 from swinv2_scale.data.shards.manifest import INDEX_ENTRY
 from swinv2_scale.data.shards.writer import RawSample, write_shards
+from tests.support.pictures import encoded
 
 NUM_SHARDS, SHARD_SAMPLES = 3, 16
 NUM_SAMPLES = NUM_SHARDS * SHARD_SAMPLES
@@ -51,12 +51,6 @@ def photograph(seed: int, mode: str = "RGB", size: tuple[int, int] = (40, 32)) -
     """Smooth noise, like a photograph's."""
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 10, 3), np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def write_mutant(folder: Path, mutant: Mutant) -> Path:

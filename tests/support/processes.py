@@ -153,6 +153,14 @@ def start_pretrain(*arguments: object, processes: int = 1) -> Job:
     return start(REPOSITORY / "launch" / "pretrain.py", *arguments, processes=processes)
 
 
+def wait_for_step(run: Path, step: int, job: Job) -> None:
+    """Until the run's metrics have the row of a step; fails if the job ends before."""
+    path = run / "metrics.jsonl"
+    while not (path.exists() and len(path.read_text().splitlines()) >= step):
+        assert all(rank.poll() is None for rank in job.ranks), job.wait().output
+        time.sleep(0.02)
+
+
 def run_worker(name: str, *arguments: object, processes: int) -> Finished:
     """Run a script of tests/distributed/workers/ as the ranks of a job; it has to succeed on all."""
     finished = start(REPOSITORY / "tests" / "distributed" / "workers" / name, *arguments, processes=processes).wait()

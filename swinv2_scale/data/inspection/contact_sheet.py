@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from swinv2_scale.data.clips import VIDEO_EXTENSIONS, first_frame
 from swinv2_scale.data.images.arrays import check_size
 from swinv2_scale.data.images.decode import IMAGE_FORMATS, PixelFormat, decode_image
-from swinv2_scale.data.inspection.contents import first_frame
 from swinv2_scale.data.inspection.stats import class_names, drawn_samples, label_of, read_samples
 from swinv2_scale.data.remote.files import RemoteFiles
 from swinv2_scale.data.shards.indexing import shown
-from swinv2_scale.data.shards.manifest import read_shard_set
 from swinv2_scale.data.shards.reader import Record
-from swinv2_scale.data.sources.listing import VIDEO_EXTENSIONS
+from swinv2_scale.data.shards.shard_set import read_shard_set
 from swinv2_scale.durable import write_whole
 from swinv2_scale.errors import DataError, OutputError, SampleError
 

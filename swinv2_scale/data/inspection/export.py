@@ -10,8 +10,8 @@ from swinv2_scale.data.images.decode import decode_class
 from swinv2_scale.data.inspection.stats import class_names
 from swinv2_scale.data.remote.files import RemoteFiles
 from swinv2_scale.data.shards.indexing import shown
-from swinv2_scale.data.shards.manifest import read_shard_set
 from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.shard_set import read_shard_set
 from swinv2_scale.data.shards.writer import new_folder
 from swinv2_scale.errors import DataError, SampleError
 

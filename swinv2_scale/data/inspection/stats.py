@@ -16,8 +16,9 @@ from swinv2_scale.data.images.arrays import read_npy
 from swinv2_scale.data.images.decode import IMAGE_FORMATS, PixelFormat, decode_class
 from swinv2_scale.data.images.orientation import orientation_of, upright_size
 from swinv2_scale.data.remote.files import RemoteFiles
-from swinv2_scale.data.shards.manifest import ShardSet, read_manifest, read_shard_set, split_location
+from swinv2_scale.data.shards.manifest import read_manifest, split_location
 from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.shard_set import ShardSet, read_shard_set
 from swinv2_scale.errors import SampleError
 
 _QUANTILES = (0, 5, 25, 50, 75, 95, 100)

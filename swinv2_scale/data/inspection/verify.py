@@ -15,22 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from swinv2_scale.data.clips import VIDEO_EXTENSIONS
 from swinv2_scale.data.images.decode import IMAGE_FORMATS
 from swinv2_scale.data.inspection.contents import problems_of
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote, local_path
-from swinv2_scale.data.shards.folder_index import left_out_of, open_shard
 from swinv2_scale.data.shards.indexing import ShardScan, scan_shard, shown
-from swinv2_scale.data.shards.manifest import (
-    INDEX_ENTRY,
-    MANIFEST_NAME,
-    ShardSet,
-    read_manifest,
-    read_shard_set,
-    split_location,
-)
+from swinv2_scale.data.shards.manifest import INDEX_ENTRY, MANIFEST_NAME, manifest_text, parse_manifest, split_location
 from swinv2_scale.data.shards.reader import ShardReader
-from swinv2_scale.data.sources.listing import VIDEO_EXTENSIONS
-from swinv2_scale.data.sources.workers import in_order
+from swinv2_scale.data.shards.shard_set import ShardSet, read_shard_set
+from swinv2_scale.data.shards.stream import open_shard
+from swinv2_scale.data.workers import in_order
 from swinv2_scale.errors import DataError, SampleError
 
 #: An extension that so many samples have is expected of all.
@@ -152,10 +146,10 @@ def _check_manifests(shards: ShardSet, remote: RemoteFiles) -> tuple[list[str], 
         homes[folder] = split_location(index)[0]
     for folder, names in used.items():
         home = homes[folder]
-        manifest = read_manifest(home, remote)
-        schemas[folder] = manifest.schema
         where = f"{home}/{MANIFEST_NAME}"
-        text = _manifest_text(where, remote)
+        text = manifest_text(home, remote)
+        manifest = parse_manifest(text, where)
+        schemas[folder] = manifest.schema
         data = json.loads(text)
         if "digest" not in data:
             notes.append(f"{where} is of an older version and has no digest of its own; shards index makes a new one")
@@ -168,12 +162,6 @@ def _check_manifests(shards: ShardSet, remote: RemoteFiles) -> tuple[list[str], 
             extra = sorted(present - manifest.entries.keys())
             notes += [f"{folder}/{name} is not in the manifest" for name in extra]
     return problems, notes, schemas
-
-
-def _manifest_text(where: str, remote: RemoteFiles) -> str:
-    if is_remote(where):
-        return remote.read_whole(where, 2**30).decode("utf-8")
-    return Path(local_path(where)).read_text(encoding="utf-8")
 
 
 def _check_shard(
@@ -189,9 +177,8 @@ def _check_shard(
         index = b""
         report.is_lost = entry.samples > 0
         report.problems.append(_reason(shards.index_locations[shard], error))
-    contents.number_of = {
-        start: number for number, (start, _, _) in enumerate(INDEX_ENTRY.iter_unpack(index[: len(index) // 24 * 24]))
-    }
+    whole = len(index) // INDEX_ENTRY.size * INDEX_ENTRY.size
+    contents.number_of = {start: number for number, (start, _, _) in enumerate(INDEX_ENTRY.iter_unpack(index[:whole]))}
     try:
         with open_shard(location, remote) as stream:
             scan = scan_shard(stream, location, entry.name, skip_damaged=True, on_sample=contents.look)
@@ -203,9 +190,8 @@ def _check_shard(
         _compare_index(report, scan, index, contents)
     elif not report.is_lost:
         _find_damage(report, scan, index, shards, shard, remote, contents)
-    left_out = list(left_out_of(schema, entry.name))
-    if left_out:
-        report.notes.append(f"{location}: {len(left_out)} damaged samples were left out when it was indexed")
+    if left_out := sum(item["shard"] == entry.name for item in schema.get("left_out", [])):
+        report.notes.append(f"{location}: {left_out} damaged samples were left out when it was indexed")
     return contents.finish()
 
 

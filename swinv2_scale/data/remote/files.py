@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from swinv2_scale.config.run import RemoteConfig
 from swinv2_scale.data.remote.cache import BlockCache, block_name
 from swinv2_scale.data.remote.pipe import PIPE_PREFIX, pipe_command, pipe_output
-from swinv2_scale.data.remote.stores import cause, failure, http_range, may_pass, new_filesystem, shown
+from swinv2_scale.data.remote.stores import cause, failure, http_range, may_pass, new_filesystem, without_secrets
 from swinv2_scale.errors import ConfigError, DataError, SampleError, ScaleError
 from swinv2_scale.telemetry.console import log
 
@@ -108,7 +108,9 @@ class RemoteFiles:
             for chunk in chunks:
                 content += chunk
                 if len(content) > max_bytes:
-                    raise DataError(f"{shown(location)} has more than {max_bytes} bytes, which is not expected of it")
+                    raise DataError(
+                        f"{without_secrets(location)} has more than {max_bytes} bytes, which is not expected of it"
+                    )
         return bytes(content)
 
     def size(self, location: str) -> int | None:
@@ -122,7 +124,7 @@ class RemoteFiles:
         found = self._retried(location, lambda: self._ask_size(location))
         if found is not None and found < 0:
             raise DataError(
-                f"{shown(location)}: the store doesn't say how many bytes it has",
+                f"{without_secrets(location)}: the store doesn't say how many bytes it has",
                 "use a server that sends Content-Length, or copy the shards",
             )
         return found
@@ -179,19 +181,19 @@ class RemoteFiles:
 
     def _fetch(self, location: str, start: int, length: int, size: int) -> bytes:
         """A range of a file of known size from its store, whole; only HTTP tells that the file is larger."""
-        filesystem = self._filesystem(location)
+        filesystem, name = self._filesystem(location), without_secrets(location)
 
         def ask() -> bytes:
             if location.startswith("http"):
                 data, found = http_range(filesystem, location, start, length)
                 if found not in (size, -1):
                     raise SampleError(
-                        f"{shown(location)} has {found} bytes, not the expected {size}",
+                        f"{name} has {found} bytes, not the expected {size}",
                         "copy the shard again; if it was changed on purpose: swinv2-scale shards index",
                     )
                 if data is None:
                     raise DataError(
-                        f"{shown(location)}: the server ignores Range and would send the whole file for each sample",
+                        f"{name}: the server ignores Range and would send the whole file for each sample",
                         "use a server that knows byte ranges (nginx, Apache, an object store), or copy the shards",
                     )
             else:
@@ -280,7 +282,7 @@ class RemoteFiles:
                 wait *= 1 + random.SystemRandom().random() / 4
                 log().warning(
                     "%s: %s; asked again in %.1f s (try %d of %d)",
-                    shown(location),
+                    without_secrets(location),
                     cause(error),
                     wait,
                     tries + 1,

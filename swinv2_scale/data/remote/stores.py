@@ -45,9 +45,9 @@ class HttpStatusError(Exception):
         self.code = status
 
 
-def shown(location: str) -> str:
-    """A URL for messages and logs: without user, password and query, which may be keys."""
-    if location.startswith(PIPE_PREFIX):
+def without_secrets(location: str) -> str:
+    """A location for messages and logs: a URL without user, password and query, which may be keys."""
+    if "://" not in location or location.startswith((PIPE_PREFIX, "file:")):
         return location
     parts = urlsplit(location)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -61,7 +61,7 @@ def new_filesystem(location: str, timeout_s: float) -> Any:
     """
     scheme = urlsplit(location).scheme
     if scheme not in _SCHEMES:
-        raise DataError(f"{shown(location)}: shards are read from {', '.join(_SCHEMES)}, pipe: and paths")
+        raise DataError(f"{without_secrets(location)}: shards are read from {', '.join(_SCHEMES)}, pipe: and paths")
     try:
         import aiohttp
         import fsspec
@@ -83,7 +83,7 @@ def new_filesystem(location: str, timeout_s: float) -> Any:
             filesystem = fsspec.filesystem(scheme, client_kwargs=options, **_NO_CACHES)
     except ImportError as error:
         raise DataError(
-            f"{shown(location)}: {scheme}:// needs a package that isn't installed ({error})",
+            f"{without_secrets(location)}: {scheme}:// needs a package that isn't installed ({error})",
             "pip install 'swinv2-scale[remote]'",
         ) from error
     _MADE.append(filesystem)
@@ -142,7 +142,7 @@ def cause(error: Exception) -> str:
     if _status(error) is not None:
         return f"HTTP status {_status(error)}"
     text = " ".join((str(error) or str(error.__cause__ or "") or type(error).__name__).split())
-    text = re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)  # queries may be keys, as in ``shown``
+    text = re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)  # queries may be keys, as in ``without_secrets``
     return text if len(text) <= 1200 else f"{text[:200]} .. {text[-1000:]}"
 
 
@@ -155,7 +155,7 @@ def failure(location: str, error: Exception, tries: int) -> DataError:
     """What to raise after so many tries, with advice that fits the last error; a file that is gone is a damaged one."""
     if isinstance(error, FileNotFoundError) and not location.startswith(PIPE_PREFIX):
         return SampleError(
-            f"{shown(location)}: {cause(error)}", "correct data.train / data.validation, or put it there"
+            f"{without_secrets(location)}: {cause(error)}", "correct data.train / data.validation, or put it there"
         )
     if location.startswith(PIPE_PREFIX):
         step = "run the command by hand to see what it does"
@@ -166,4 +166,4 @@ def failure(location: str, error: Exception, tries: int) -> DataError:
     else:
         step = "check the address and what this job may read: credentials in its environment, a signed URL's expiry"
     asked = f" (asked {tries} times)" if tries > 1 else ""
-    return DataError(f"{shown(location)}: {cause(error)}{asked}", step)
+    return DataError(f"{without_secrets(location)}: {cause(error)}{asked}", step)

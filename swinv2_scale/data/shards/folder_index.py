@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,8 @@ from swinv2_scale.data.shards.manifest import (
     split_location,
     write_manifest,
 )
-from swinv2_scale.data.shards.tar_walk import Readable
-from swinv2_scale.data.sources.workers import in_order
-from swinv2_scale.durable import open_plain
+from swinv2_scale.data.shards.stream import open_shard
+from swinv2_scale.data.workers import in_order
 from swinv2_scale.errors import DataError, OutputError
 
 _PART_SUFFIX = INDEX_SUFFIX + ".part"
@@ -53,33 +51,6 @@ class IndexedFolder:
     passed_over: int
     changed: int
     kept: int
-
-
-@contextmanager
-def open_shard(location: str, remote: RemoteFiles) -> Iterator[Readable]:
-    """A shard, to be read once from its beginning to its end."""
-    if is_remote(location):
-        with contextlib.closing(remote.stream(location)) as pieces:
-            yield _Pieces(pieces)
-    else:
-        with open_plain(Path(local_path(location))) as file:
-            yield file
-
-
-class _Pieces:
-    """An iterator of bytes as something to read from."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces, self._left = pieces, memoryview(b"")
-
-    def read(self, size: int, /) -> bytes:
-        while not self._left:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return b""
-            self._left = memoryview(piece)
-        taken, self._left = self._left[:size], self._left[size:]
-        return bytes(taken)
 
 
 def index_folders(
@@ -208,10 +179,3 @@ def tars_of(words: str) -> str:
     return (
         str(Path(local_path(words)) / "*.tar") if not is_remote(words) and Path(local_path(words)).is_dir() else words
     )
-
-
-def left_out_of(schema: dict[str, Any], shard: str) -> Iterator[LeftOut]:
-    """What a manifest says was left out of a shard when it was indexed."""
-    for item in schema.get("left_out", []):
-        if item["shard"] == shard:
-            yield LeftOut(**item)

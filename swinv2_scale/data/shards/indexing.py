@@ -16,14 +16,9 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from swinv2_scale.data.shards.manifest import (
-    MAX_SAMPLE_BYTES,
-    ShardEntry,
-    is_part_of_a_sample,
-    sample_key,
-)
+from swinv2_scale.data.shards.manifest import MAX_SAMPLE_BYTES, ShardEntry, is_part_of_a_sample, sample_key
 from swinv2_scale.data.shards.tar_walk import Gap, Member, Readable, TarWalk
-from swinv2_scale.errors import DataError
+from swinv2_scale.errors import DataError, printable
 
 #: Extensions that are told apart; a shard with more of them has them counted as one.
 _MAX_EXTENSIONS = 62
@@ -107,8 +102,7 @@ def scan_shard(
 
 def shown(key: str) -> str:
     """A key for people: printable, of a bounded length."""
-    text = key if len(key) <= _MAX_SHOWN else key[:_MAX_SHOWN] + "..."
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return printable(key if len(key) <= _MAX_SHOWN else key[:_MAX_SHOWN] + "...")
 
 
 class _Samples:

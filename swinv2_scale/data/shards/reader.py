@@ -17,10 +17,10 @@ from swinv2_scale.data.shards.manifest import (
     INDEX_ENTRY,
     INDEX_SUFFIX,
     MAX_SAMPLE_BYTES,
-    ShardSet,
     is_part_of_a_sample,
     sample_key,
 )
+from swinv2_scale.data.shards.shard_set import ShardSet
 from swinv2_scale.errors import DataError, SampleError
 
 _MAX_OPEN_FILES = 128

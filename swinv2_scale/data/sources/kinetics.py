@@ -6,8 +6,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from swinv2_scale.data.clips import VIDEO_EXTENSIONS
 from swinv2_scale.data.sources.listing import (
-    VIDEO_EXTENSIONS,
     Item,
     Keys,
     Source,

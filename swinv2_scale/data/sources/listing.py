@@ -14,8 +14,6 @@ from typing import Any
 
 from swinv2_scale.errors import DataError
 
-VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi", "mov")
-
 
 @dataclass(frozen=True, slots=True)
 class Item:

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from swinv2_scale.data.clips import VIDEO_EXTENSIONS, count_frames
 from swinv2_scale.data.images.arrays import check_size, read_npy, read_tiff
 from swinv2_scale.data.images.decode import IMAGE_FORMATS, PixelFormat, cause_of, decode_image
 from swinv2_scale.data.images.orientation import orientation_of, upright_size
-from swinv2_scale.data.inspection.contents import count_frames
 from swinv2_scale.data.shards.manifest import MAX_SAMPLE_BYTES
 from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.data.shards.writer import RawSample, tar_block
-from swinv2_scale.data.sources.listing import VIDEO_EXTENSIONS, Item, extension_of
+from swinv2_scale.data.sources.listing import Item, extension_of
 from swinv2_scale.durable import open_plain
 from swinv2_scale.errors import ConfigError, DataError, SampleError
 

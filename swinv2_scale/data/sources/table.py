@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from swinv2_scale.data.clips import VIDEO_EXTENSIONS
 from swinv2_scale.data.images.decode import IMAGE_FORMATS
-from swinv2_scale.data.sources.listing import VIDEO_EXTENSIONS, Item, Keys, Source, extension_of, read_rows
+from swinv2_scale.data.sources.listing import Item, Keys, Source, extension_of, read_rows
 from swinv2_scale.errors import DataError
 
 

@@ -31,7 +31,7 @@ from swinv2_scale.data.shards.manifest import ShardEntry, index_location, write_
 from swinv2_scale.data.shards.writer import ShardTars
 from swinv2_scale.data.sources.listing import Item, Source
 from swinv2_scale.data.sources.preparation import Rejected, Treatment, prepare
-from swinv2_scale.data.sources.workers import in_order
+from swinv2_scale.data.workers import in_order
 from swinv2_scale.draws import key_of, permuted
 from swinv2_scale.durable import sync_file, sync_folder, write_whole
 from swinv2_scale.errors import ConfigError, DataError, OutputError

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_scale import dist
-from swinv2_scale.engine import checkpoint, zero
+from swinv2_scale.engine import zero
 from swinv2_scale.engine.deepspeed_import import deepspeed
-from swinv2_scale.engine.step import TrainState
-from tests.distributed.workers.stages import master_digest
+from tests.distributed.workers.stages import master_digest, publish
 
 
 class Toy(nn.Module):
@@ -69,7 +68,7 @@ def train(stage: int, precision: str, folder: Path) -> dict[str, str]:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         engine.backward(engine(torch.randn(2, 7, generator=random).to(dtype)))
         engine.step()
-    path = checkpoint.publish(engine, folder, TrainState(step=2), {}, keep=2)
+    path = publish(engine, folder, 2)
     frozen = [engine.module.frozen, engine.module.frozen_too]
     with deepspeed.zero.GatheredParameters(frozen, enabled=stage == 3):
         frozen_digest = hashlib.sha256(b"".join(p.detach().float().numpy().tobytes() for p in frozen)).hexdigest()

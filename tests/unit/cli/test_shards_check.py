@@ -9,13 +9,13 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.cli.shards_check import add_actions
 from swinv2_scale.errors import ScaleError
+from tests.support.pictures import encoded, noise
 
 
 @pytest.fixture
@@ -27,10 +27,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for shard in range(2):
         with tarfile.open(path / f"{shard}.tar", "w") as file:
             for number in range(5):
-                buffer = io.BytesIO()
-                pixels = np.random.default_rng(5 * shard + number).integers(0, 256, (8, 9, 3), np.uint8)
-                Image.fromarray(pixels).save(buffer, "PNG")
-                for extension, content in (("png", buffer.getvalue()), ("cls", b"%d" % (number % 2))):
+                picture = encoded(noise(5 * shard + number, 9, 8), "PNG")
+                for extension, content in (("png", picture), ("cls", b"%d" % (number % 2))):
                     info = tarfile.TarInfo(f"{shard}{number}.{extension}")
                     info.size = len(content)
                     file.addfile(info, io.BytesIO(content))

@@ -14,8 +14,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from swinv2_scale.data.shards.manifest import read_manifest, read_shard_set
+from swinv2_scale.data.shards.manifest import read_manifest
 from swinv2_scale.data.shards.reader import ShardReader
+from swinv2_scale.data.shards.shard_set import read_shard_set
 from tests.unit.cli.photos import SHARD, digests, make_photos, write
 
 

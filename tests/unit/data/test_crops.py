@@ -13,7 +13,7 @@ from PIL import Image
 from swinv2_scale.data.images.decode import Picture
 from swinv2_scale.data.images.resize import channels_first, mirrored
 from swinv2_scale.data.images.transforms import central_resized_crop, crop_box, random_resized_crop
-from tests.unit.data.pictures import encoded, opened
+from tests.support.pictures import encoded, opened
 
 
 def numbers(seed: int) -> Iterator[float]:

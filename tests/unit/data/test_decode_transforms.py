@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from swinv2_scale.data.images.decode import IMAGE_FORMATS, PixelFormat, decode_class, decode_image, open_image
-from swinv2_scale.data.shards.manifest import read_shard_set
 from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.shard_set import read_shard_set
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.errors import SampleError
-from tests.unit.data.pictures import decoded, encoded, npy, opened, smooth
+from tests.support.pictures import decoded, encoded, npy, opened, smooth
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 

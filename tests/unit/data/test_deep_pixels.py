@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 
 from swinv2_scale.errors import SampleError
-from tests.unit.data.pictures import decoded, encoded, npy, opened, smooth
+from tests.support.pictures import decoded, encoded, npy, opened, smooth
 
 RNG = np.random.default_rng(0)
 GREY_16 = RNG.integers(0, 65536, (9, 12), dtype=np.uint16)

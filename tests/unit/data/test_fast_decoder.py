@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from swinv2_scale.data.images.fast_jpeg import everyday_header
 from swinv2_scale.errors import SampleError
-from tests.unit.data.pictures import decoded, encoded, opened, smooth
+from tests.support.pictures import decoded, encoded, opened, smooth
 
 SIZE = (96, 96)
 

@@ -13,8 +13,9 @@ from swinv2_scale.config.run import RemoteConfig
 from swinv2_scale.data.inspection.verify import verify
 from swinv2_scale.data.remote.files import RemoteFiles
 from swinv2_scale.data.shards.folder_index import IndexedFolder, index_folders, tars_of
-from swinv2_scale.data.shards.manifest import expand_pattern, index_folder, read_manifest, read_shard_set
+from swinv2_scale.data.shards.manifest import index_folder, read_manifest
 from swinv2_scale.data.shards.reader import ShardReader
+from swinv2_scale.data.shards.shard_set import expand_pattern, read_shard_set
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.errors import DataError, OutputError
 from tests.support.http_store import http_store

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from swinv2_scale.data.ledger import EpochAccount, Ledger
 from swinv2_scale.data.loader import PositionDataset, Sample, Share, training_batches
 from swinv2_scale.data.order import Order
-from swinv2_scale.data.shards.manifest import INDEX_ENTRY, ShardSet, read_shard_set
+from swinv2_scale.data.shards.manifest import INDEX_ENTRY
 from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.shard_set import ShardSet, read_shard_set
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.data.sources.embedded import fashion_mnist
 from swinv2_scale.draws import Draw

@@ -135,7 +135,7 @@ def test_members_that_webdataset_does_not_see_are_passed_over() -> None:
 
 @pytest.mark.parametrize("fmt", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_hostile_names_are_only_names(fmt: int) -> None:
-    keys = ["../../etc/passwd", "/root/x", "n" * 100_000, "\udcff\udcfe", "new\nline", "..", "a/../b"]
+    keys = ["../../etc/passwd", "/absolute/x", "n" * 100_000, "\udcff\udcfe", "new\nline", "..", "a/../b"]
     keys.remove("..")  # has no base name: no sample
     data = tar(members(keys), fmt)
     assert scan_shard(Pipe(data), "x.tar", "x.tar").entry.samples == len(keys)

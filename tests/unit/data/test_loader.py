@@ -25,8 +25,9 @@ from swinv2_scale.data.loader import (
     training_batches,
 )
 from swinv2_scale.data.order import Order
-from swinv2_scale.data.shards.manifest import INDEX_ENTRY, ShardSet, read_shard_set
+from swinv2_scale.data.shards.manifest import INDEX_ENTRY
 from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.shard_set import ShardSet, read_shard_set
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.data.sources.embedded import fashion_mnist
 from swinv2_scale.draws import Draw
@@ -194,7 +195,7 @@ def test_an_iterator_left_open_does_not_keep_the_process_from_ending(shards: Sha
     script = (
         "import numpy, sys\n"
         "from swinv2_scale.data.loader import PositionDataset, Share, training_batches\n"
-        "from swinv2_scale.data.shards.manifest import read_shard_set\n"
+        "from swinv2_scale.data.shards.shard_set import read_shard_set\n"
         "from swinv2_scale.data.order import Order\n"
         "from swinv2_scale.data.shards.reader import ShardReader\n"
         "shards = read_shard_set(sys.argv[1])\n"

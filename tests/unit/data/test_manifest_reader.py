@@ -18,18 +18,15 @@ from swinv2_scale.data.order import Order
 from swinv2_scale.data.shards.manifest import (
     INDEX_ENTRY,
     ShardEntry,
-    ShardSet,
-    expand_pattern,
     index_folder,
     index_location,
-    raise_file_problems,
     read_manifest,
-    read_shard_set,
     sample_key,
     split_location,
     write_manifest,
 )
 from swinv2_scale.data.shards.reader import ShardReader
+from swinv2_scale.data.shards.shard_set import ShardSet, expand_pattern, raise_file_problems, read_shard_set
 from swinv2_scale.data.shards.writer import RawSample, write_shards
 from swinv2_scale.errors import DataError, OutputError, SampleError
 from tests.support.index_shard import index_shard

@@ -17,6 +17,7 @@ from PIL import Image
 from swinv2_scale.data.sources.listing import Item
 from swinv2_scale.data.sources.preparation import Rejected, Treatment, prepare
 from swinv2_scale.errors import ConfigError, DataError
+from tests.support.pictures import encoded, npy
 
 KEPT = Treatment()
 UNREAD = Treatment(verify=False)
@@ -27,12 +28,6 @@ def smooth(width: int, height: int) -> NDArray[np.uint8]:
     return np.stack(
         [np.tile(x, (height, 1)), np.tile(y[:, None], (1, width)), np.full((height, width), 99)], -1
     ).astype(np.uint8)
-
-
-def encoded(image: Image.Image | NDArray[np.uint8], kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def prepared(
@@ -60,8 +55,7 @@ def image_of(found: dict[str, bytes] | Rejected) -> Image.Image:
 
 JPEG = encoded(smooth(60, 40), "JPEG", quality=95)
 PNG = encoded(smooth(60, 40), "PNG")
-NPY = io.BytesIO()
-np.save(NPY, np.ones((4, 5, 7), np.float32))
+NPY = npy(np.ones((4, 5, 7), np.float32))
 TIFF = io.BytesIO()
 tifffile.imwrite(TIFF, np.zeros((9, 8, 6), np.uint16), photometric="minisblack", planarconfig="contig")
 
@@ -97,7 +91,7 @@ CLIP = clip(12)
         ("x.bmp", encoded(smooth(6, 4), "BMP"), "bmp"),
         ("x.tif", encoded(smooth(6, 4), "TIFF"), "tiff"),
         ("x.tiff", TIFF.getvalue(), "tiff"),  # six channels
-        ("x.npy", NPY.getvalue(), "npy"),
+        ("x.npy", NPY, "npy"),
         ("x.mp4", CLIP, "mp4"),
         ("x.jpg", encoded(Image.new("CMYK", (9, 9)), "JPEG"), "jpg"),
         ("x.png", encoded(Image.new("I;16", (9, 9)), "PNG"), "png"),
@@ -119,7 +113,7 @@ def test_a_whole_file_keeps_its_bytes_and_is_called_after_its_content(
         ("a.png", PNG[:60] + bytes(40) + PNG[100:], "doesn't decode"),
         ("a.jpg", b"\x89HDF no image at all", "doesn't start as an image does"),
         ("a.jpg", encoded(Image.new("1", (12_000, 12_000)), "PNG"), "144,000,000 pixels"),
-        ("a.npy", NPY.getvalue()[:-1], "doesn't decode"),
+        ("a.npy", NPY[:-1], "doesn't decode"),
         ("a.npy", b"\x80\x04cos\nsystem\n(S'ls'\ntR.", "doesn't decode"),
         ("a.mp4", CLIP[: len(CLIP) // 2], "doesn't decode"),
         ("a.mp4", b"", "it is empty"),
@@ -213,7 +207,7 @@ def test_grey_stays_grey_and_everything_else_becomes_colours(tmp_path: Path, mod
         assert abs(int(np.asarray(found).mean()) - (40_000 >> 8)) <= 1
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.mp4", CLIP), ("a.npy", NPY.getvalue())])
+@pytest.mark.parametrize(("name", "content"), [("a.mp4", CLIP), ("a.npy", NPY)])
 def test_a_clip_or_an_array_is_not_made_smaller(tmp_path: Path, name: str, content: bytes) -> None:
     with pytest.raises(ConfigError, match="--short-side"):
         prepared(tmp_path, Treatment(short_side=20), (name, content))

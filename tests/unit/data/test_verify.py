@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import shutil
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,21 +18,17 @@ from swinv2_scale.data.shards.folder_index import index_folders
 from swinv2_scale.data.shards.manifest import INDEX_ENTRY, read_manifest, write_manifest
 from swinv2_scale.data.shards.writer import RawSample, write_shards
 from swinv2_scale.errors import DataError
+from tests.support.pictures import encoded, noise
 
 NUM_SAMPLES, PER_SHARD = 12, 4
 
 
-def jpeg(seed: int, size: tuple[int, int] = (20, 16)) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
+def jpeg(seed: int) -> bytes:
+    return encoded(noise(seed, 20, 16))
 
 
-def png(size: tuple[int, int], value: int = 3) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", size, value).save(buffer, "PNG")
-    return buffer.getvalue()
+def mask(size: tuple[int, int]) -> bytes:
+    return encoded(Image.new("L", size, 3), "PNG")
 
 
 def samples() -> list[RawSample]:
@@ -162,11 +156,11 @@ SPOILT: dict[str, tuple[str, bytes, str]] = {
     "a truncated JPEG": ("jpg", jpeg(5)[:-200], "jpg"),
     "an empty image": ("jpg", b"", "jpg"),
     "a web page": ("jpg", b"<!DOCTYPE html><html></html>", "HTML"),
-    "a PNG under a JPEG's name": ("jpg", png((9, 9)), "PNG"),
+    "a PNG under a JPEG's name": ("jpg", mask((9, 9)), "PNG"),
     "no number": ("cls", b"cat", "not an integer"),
     "a label out of range": ("cls", b"3", "classes are 0 to 2"),
     "JSON that isn't": ("json", b"{", "json"),
-    "a mask of another size": ("seg.png", png((20, 17)), "the mask is 20x17, its image 20x16"),
+    "a mask of another size": ("seg.png", mask((20, 17)), "the mask is 20x17, its image 20x16"),
     "a clip that isn't": ("mp4", b"\0\0\0\x18ftypmp42" + bytes(64), "mp4"),
 }
 

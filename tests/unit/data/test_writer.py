@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from swinv2_scale.data.shards.manifest import read_manifest
 from swinv2_scale.data.shards.writer import RawSample, ShardTars, tar_block, write_shards
-from swinv2_scale.data.sources.workers import in_order
+from swinv2_scale.data.workers import in_order
 from swinv2_scale.errors import DataError
 
 

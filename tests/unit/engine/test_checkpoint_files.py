@@ -1,7 +1,6 @@
 """What counts as a checkpoint: complete, whole, newest by its manifest. No engine is needed to judge that."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +10,8 @@ import pytest
 
 from swinv2_scale import dist
 from swinv2_scale.engine import checkpoint
+from swinv2_scale.engine.checkpoint import FileRecord, manifest_text
+from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.errors import CheckpointError
 
 
@@ -29,8 +30,8 @@ def make(folder: Path, step: int) -> Path:
     for name in ("a.pt", "b.pt"):
         data = f"{step} {name}".encode() * 100
         (path / name).write_bytes(data)
-        records.append({"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-    (path / "manifest.json").write_text(json.dumps({"step": step, "world_size": 1, "files": records}))
+        records.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
+    (path / "manifest.json").write_text(manifest_text(step, 1, records))
     return path
 
 
@@ -79,10 +80,18 @@ def test_every_single_flipped_byte_is_found(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(tmp_path: Path) -> None:
-    make(tmp_path, 4).rename(tmp_path / ".part-step-00000004")
-    assert checkpoint.newest_verified(tmp_path) is None
-    checkpoint.remove_unpublished(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    run = RunDirectory(tmp_path)
+    run.checkpoints.mkdir()
+    outside = make(tmp_path / "outside", 4)
+    make(run.checkpoints / ".part-an-older-life", 4)
+    make(run.checkpoints, 4).rename(run.checkpoints / ".part-step-00000004")  # a deletion that was killed
+    (run.checkpoints / ".part-link").symlink_to(outside)
+    assert checkpoint.newest_verified(run.checkpoints) is None
+    run.open()
+    assert list(run.checkpoints.iterdir()) == [run.staging]
+    assert (outside / "a.pt").exists()
+    run.close()
+    assert list(run.checkpoints.iterdir()) == []
 
 
 def test_an_empty_folder_has_none(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ That the values are the right ones is shown on DeepSpeed's own files, in tests/d
 """
 
 import hashlib
-import json
 import os
 import pickle
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from swinv2_scale.engine.checkpoint import find, open_run_or_checkpoint, read
-from swinv2_scale.engine.consolidate import MasterWeights
+from swinv2_scale.engine.checkpoint import FileRecord, find, manifest_text, open_run_or_checkpoint, read
+from swinv2_scale.engine.consolidate import SavedTensors
 from swinv2_scale.errors import CheckpointError
 
 WEIGHT = torch.arange(1001.0).reshape(7, 143)  # an odd number: two ranks have to pad
@@ -29,8 +28,8 @@ def publish(path: Path, files: dict[str, Any], world_size: int) -> Path:
     for name, content in files.items():
         torch.save(content, path / name)
         data = (path / name).read_bytes()
-        records.append({"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-    (path / "manifest.json").write_text(json.dumps({"step": 4, "world_size": world_size, "files": records}))
+        records.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
+    (path / "manifest.json").write_text(manifest_text(int(path.name[-8:]), world_size, records))
     return path
 
 
@@ -69,13 +68,13 @@ def step(tmp_path: Path) -> Path:
 
 
 def test_a_whole_checkpoint_gives_its_values(step: Path) -> None:
-    weights = MasterWeights(open_run_or_checkpoint(step))
+    weights = SavedTensors(open_run_or_checkpoint(step))
     assert weights.shapes == {"weight": WEIGHT.shape}
     assert torch.equal(weights.tensor("weight"), WEIGHT)
 
 
 def test_values_may_be_changed_and_are_read_afresh(step: Path) -> None:
-    weights = MasterWeights(read(step))
+    weights = SavedTensors(read(step))
     weights.tensor("weight").zero_()
     assert torch.equal(weights.tensor("weight"), WEIGHT)
 
@@ -90,7 +89,7 @@ def test_memory_holds_a_few_tensors_at_most_whatever_the_checkpoint_holds(tmp_pa
     large = {f"weight{i}": torch.full((numel,), float(i)) for i in range(64)}
     path = publish(tmp_path / "step-00000004", two_ranks(large), world_size=2)
     del large
-    weights = MasterWeights(read(path))
+    weights = SavedTensors(read(path))
     before = anonymous_bytes()
     most = 0
     for i, name in enumerate(weights.shapes):
@@ -118,7 +117,7 @@ def test_memory_holds_a_few_tensors_at_most_whatever_the_checkpoint_holds(tmp_pa
 def test_a_damaged_file_is_named(step: Path, name: str, damage: Callable[[Path], object], says: str) -> None:
     damage(step / name)
     with pytest.raises(CheckpointError, match=says) as caught:
-        MasterWeights(read(step))
+        SavedTensors(read(step))
     assert str(step / name) in caught.value.message
     assert caught.value.next_step
     with pytest.raises(CheckpointError, match=name):
@@ -152,7 +151,7 @@ def test_code_in_a_file_does_not_run(tmp_path: Path, name: str) -> None:
     path = publish(tmp_path / "step-00000004", files, world_size=2)
     checkpoint = open_run_or_checkpoint(path)  # its manifest was forged along with it
     with pytest.raises(CheckpointError, match=rf"{name}: it is damaged, or holds more than tensors and plain data"):
-        MasterWeights(checkpoint)
+        SavedTensors(checkpoint)
     assert not canary.exists()
     pickle.loads(pickle.dumps(Smuggled(canary)))  # noqa: S301  the canary is alive
     assert canary.exists()
@@ -189,7 +188,7 @@ def test_an_unknown_layout_is_refused(tmp_path: Path, change: Callable[[Any], ob
     change(files)
     path = publish(tmp_path / "step-00000004", files, world_size=2)
     with pytest.raises(CheckpointError, match=says) as caught:
-        MasterWeights(read(path))
+        SavedTensors(read(path))
     assert str(path) in caught.value.message
 
 
@@ -204,13 +203,13 @@ def test_masters_without_names_are_only_taken_for_the_weights_they_round_to(tmp_
     a, b = torch.rand(4, 4), torch.rand(4, 4)
     files = stage_zero([[a, b], [a[0]]], a.bfloat16())
     files["mp_rank_00_model_states.pt"]["module"]["b.weight"] = b.bfloat16()
-    weights = MasterWeights(read(publish(tmp_path / "step-00000004", files, world_size=2)))
+    weights = SavedTensors(read(publish(tmp_path / "step-00000004", files, world_size=2)))
     assert torch.equal(weights.tensor("a.weight"), a)
     assert torch.equal(weights.tensor("b.weight"), b)
     assert torch.equal(weights.tensor("a.bias"), a[0])
 
     files["mp_rank_00_model_states.pt"]["optimizer"]["fp32_groups"] = [[b, a], [a[0]]]
-    weights = MasterWeights(read(publish(tmp_path / "step-00000008", files, world_size=2)))
+    weights = SavedTensors(read(publish(tmp_path / "step-00000008", files, world_size=2)))
     with pytest.raises(CheckpointError, match=r"a\.weight isn't the one its weight was rounded from"):
         weights.tensor("a.weight")
 
@@ -221,7 +220,7 @@ def test_bf16_weights_without_a_master_each_are_refused(
 ) -> None:
     path = publish(tmp_path / "step-00000004", stage_zero(masters, WEIGHT.bfloat16()), world_size=2)
     with pytest.raises(CheckpointError, match=r"masters of a\.weight in torch\.bfloat16|parameter groups of"):
-        MasterWeights(read(path))
+        SavedTensors(read(path))
 
 
 # What a path means
@@ -229,8 +228,6 @@ def test_bf16_weights_without_a_master_each_are_refused(
 
 def test_a_run_means_its_newest_whole_checkpoint(step: Path) -> None:
     newer = publish(step.with_name("step-00000008"), two_ranks(), world_size=2)
-    manifest = newer / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"step": 4', '"step": 8'))
     for path in (newer.parent, newer.parent.parent):
         assert open_run_or_checkpoint(path).path == newer
     (newer / MODEL).unlink()

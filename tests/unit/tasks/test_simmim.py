@@ -16,8 +16,8 @@ from torch import Tensor
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.data.loader import Batch, PositionDataset, Share, training_batches
 from swinv2_scale.data.order import Order
-from swinv2_scale.data.shards.manifest import read_shard_set
 from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.shard_set import read_shard_set
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.data.sources.embedded import fashion_mnist
 from swinv2_scale.draws import Draw

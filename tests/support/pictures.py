@@ -19,9 +19,14 @@ def smooth(mode: str = "RGB", width: int = 24, height: int = 16) -> Image.Image:
     return Image.fromarray(np.stack(planes, -1).astype(np.uint8)).convert(mode)
 
 
-def encoded(image: Image.Image, fmt: str, **options: object) -> bytes:
+def noise(seed: int, width: int, height: int) -> Image.Image:
+    """Different for each seed."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def encoded(image: Image.Image | np.ndarray, fmt: str = "JPEG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, fmt, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, fmt, **options)
     return buffer.getvalue()
 
 
