@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class DeadlineReached(BaseException):  # noqa: N818
+class DeadlineReached(BaseException):
     """No Exception: nothing that is being tested takes it for an error of a file."""
 
 
