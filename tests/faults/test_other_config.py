@@ -17,7 +17,7 @@ from swinv2_scale.config.loader import load_config
 from swinv2_scale.config.rules import resume_policy
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.source import as_tuples
-from swinv2_scale.data.shards.manifest import ShardSet, read_shard_set
+from swinv2_scale.data.shards.shard_set import ShardSet, read_shard_set
 from swinv2_scale.engine.resume import _compare_runs, facts_of, plain
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.errors import ConfigError, DataError, ExitCode

@@ -14,8 +14,8 @@ import torch
 
 from swinv2_scale.data.loader import PositionDataset, Sample, Share, training_batches
 from swinv2_scale.data.order import Order
-from swinv2_scale.data.shards.manifest import read_shard_set
 from swinv2_scale.data.shards.reader import Record, ShardReader
+from swinv2_scale.data.shards.shard_set import read_shard_set
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.draws import Draw
 from tests.support.deadline import within
