@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import swinv2_scale
 from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig, flatten
 from swinv2_scale.config.rules import changes
@@ -100,14 +99,20 @@ def versions() -> dict[str, str]:
 
 @cache
 def _git_revision() -> str:
-    """``a1b2c3d``, with ``+changes`` where files differ from it; empty without git or outside a checkout."""
-    package = Path(swinv2_scale.__file__).parent
-    describe = ["git", "-C", str(package), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
+    """``a1b2c3d``, with ``+changes`` where files differ from it; empty without git or outside our own checkout."""
+    package = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603  no shell
+        return found.stdout.strip()
+
     try:
-        found = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603  no shell
+        if Path(git("rev-parse", "--show-toplevel")) != package.parent:
+            return ""  # a virtual environment in somebody's repository
+        return git("describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return found.stdout.strip()
 
 
 def _compare_runs(facts: dict[str, Any], config: RunConfig, train: ShardSet, directory: RunDirectory) -> None:
