@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from swinv2_scale.errors import ClusterError, OutputError, PeerLostError, ScaleError
 
@@ -93,8 +93,12 @@ def stop() -> None:
 
 
 @contextmanager
-def peers_may_be_lost(doing: str) -> Iterator[None]:
-    """Turn the backends' errors about a dead or silent peer into PeerLostError."""
+def peers_may_be_lost(doing: str, who: Callable[[], str]) -> Iterator[None]:
+    """Turn the backends' errors about a dead or silent peer into PeerLostError.
+
+    Args:
+        who: finds out which one; asked when it has happened.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -110,9 +114,33 @@ def peers_may_be_lost(doing: str) -> Iterator[None]:
             raise
         first_line = text.strip().splitlines()[0][:300]
         raise PeerLostError(
-            f"rank {rank()} lost another rank while {doing}: {first_line}",
+            f"rank {rank()} lost another rank while {doing}: {who()} ({first_line})",
             "look for the first error of the other ranks (RUN/log/rank-N.log), then start the job again; it resumes",
         ) from error
+
+
+class Board:
+    """Short notes that every process of the job can write and read, on a connection of its own.
+
+    The group's own connection is taken while a collective waits. Calls wait for as long as the process that keeps the
+    notes (rank 0, or torchrun's agent) is stopped or cut off, whatever time-out was asked for (torch 2.15): make them
+    in a thread that can be left behind. They raise RuntimeError when that process has ended.
+    """
+
+    def __init__(self) -> None:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, world_size(), is_master=False, wait_for_workers=False)
+        # torchrun's agent keeps the notes of a job's earlier attempts.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"swinv2_scale/{attempt}", store)
+
+    def write(self, name: str, note: str) -> None:
+        self._store.set(name, note)
+
+    def read(self, names: Sequence[str]) -> list[str] | None:
+        """The notes with these names; None, without waiting, if one of them was never written."""
+        keys = list(names)
+        return [note.decode() for note in self._store.multi_get(keys)] if self._store.check(keys) else None
 
 
 def barrier() -> None:

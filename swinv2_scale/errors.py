@@ -54,6 +54,11 @@ class ScaleError(Exception):
         text = f"{self.message}\n  next: {self.next_step}" if self.next_step else self.message
         return "\n".join(map(printable, text.split("\n")))
 
+    @property
+    def report(self) -> str:
+        """The block that a job ends with."""
+        return f"\nerror: {self}\n(exit code {int(self.exit_code)})"
+
 
 @dataclass(frozen=True)
 class ConfigProblem:

@@ -37,12 +37,12 @@ def add_commands(commands: Any) -> None:
 
     prune = actions.add_parser("prune", help="delete what the run's configuration, or these options, don't keep")
     _add_run(prune)
-    for option, words in (
-        ("--keep", "the newest so many that are whole, two at least"),
-        ("--keep-every-steps", "and those of steps that this divides"),
-        ("--keep-best", "and so many with the smallest validation loss"),
+    for option, count, words in (
+        ("--keep", _two_or_more, "the newest so many that are whole, two at least"),
+        ("--keep-every-steps", positive_int, "and those of steps that this divides"),
+        ("--keep-best", positive_int, "and so many with the smallest validation loss"),
     ):
-        prune.add_argument(option, type=positive_int, metavar="N", help=f"{words} (default: the run's own)")
+        prune.add_argument(option, type=count, metavar="N", help=f"{words} (default: the run's own)")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
     prune.set_defaults(run=_prune)
 
@@ -58,12 +58,22 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN", help="a run directory, or one checkpoint of it")
 
 
+def _two_or_more(text: str) -> int:
+    value = positive_int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError("two at least stay: a damaged one needs another to fall back to")
+    return value
+
+
 def _list(arguments: argparse.Namespace) -> None:
     from swinv2_scale.engine.checkpoint import read_state
 
     rows = []
     for found in _found(arguments.source):
-        config = read_state(found)["config"]
+        try:
+            config = read_state(found)["config"]
+        except CheckpointError:
+            config = {}  # verify says what is wrong with it
         rows.append(
             {
                 "step": found.step,
@@ -79,25 +89,25 @@ def _list(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("step", "saved", "size", "processes", "stage", "precision", "validation loss", "folder"):
-        table.add_column(name, justify="right" if name in ("step", "size", "processes", "stage") else "left")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))  # 80 columns
+    for name in ("step", "saved", "size", "processes", "ZeRO", "precision", "validation loss"):
+        table.add_column(name, justify="left" if name in ("saved", "precision") else "right", no_wrap=True)
     for row in rows:
         loss = row["validation_loss"]
         cells = (
             f"{row['step']:,}",
-            row["saved"],
+            row["saved"][:16].replace("T", " "),
             f"{row['bytes'] / 2**20:,.1f} MiB",
             row["processes"],
-            row["zero_stage"],
-            row["precision"],
+            "" if row["zero_stage"] is None else row["zero_stage"],
+            row["precision"] or "",
             "" if loss is None else f"{loss:.4f}",
-            Path(row["path"]).name,
         )
         table.add_row(*(Text(printable(str(cell))) for cell in cells))
     console = Console()
     console.print(table)
-    console.print("Every byte is compared with the manifests by: swinv2-scale checkpoint verify")
+    words = "what their manifests say; every byte is compared by: swinv2-scale checkpoint verify RUN"
+    console.print(f"\n{words}", highlight=False)
 
 
 def _verify(arguments: argparse.Namespace) -> None:

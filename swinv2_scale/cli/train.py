@@ -14,7 +14,7 @@ from swinv2_scale.errors import ExitCode, ScaleError
 
 def pretrain(argv: list[str] | None = None) -> int:
     """``launch/pretrain.py``: parse, validate before torch is imported, run, and turn errors into exit codes."""
-    arguments = _parser("Pre-train a Swin V2 with SimMIM.").parse_args(argv)
+    arguments = _parser("Pre-train a Swin V2 with SimMIM.").parse_intermixed_args(argv)
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     try:
         loaded = load_config(arguments.config, arguments.overrides)
@@ -23,7 +23,7 @@ def pretrain(argv: list[str] | None = None) -> int:
         # An error that ranks don't share is most often one of a node: one rank of each node says it.
         is_speaker = rank == 0 or (local_rank == 0 and not error.is_shared)
         if is_speaker or error.exit_code == ExitCode.PEER_LOST:
-            print(f"\nerror: {error}\n(exit code {int(error.exit_code)})", file=sys.stderr, flush=True)
+            print(error.report, file=sys.stderr, flush=True)
         code = int(error.exit_code)
     return code
 

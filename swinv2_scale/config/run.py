@@ -174,8 +174,11 @@ class ClusterConfig(Section):
 
     num_nodes: PositiveInt | None = None
     world_size: PositiveInt | None = None
-    #: How long a collective may wait for a rank.
+    #: How long the ranks may take to find each other, for the first step, and for whatever isn't a step: opening the
+    #: data, building the model, validation, panels, checkpoints. A collective never waits longer for a rank.
     timeout_s: PositiveInt = 1800
+    #: How long any later step may take, with the wait for its samples; then the job ends with 75 and says who is late.
+    step_timeout_s: PositiveInt = 300
 
 
 class RunConfig(Section):

@@ -161,8 +161,16 @@ def newest_verified(folder: Path) -> Checkpoint | None:
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """``state.json``: the training's state, and the facts about the run that it was saved with."""
-    data: dict[str, Any] = json.loads((checkpoint.path / STATE).read_text(encoding="utf-8"))
+    """``state.json``: the training's state, and the facts about the run that it was saved with.
+
+    Raises:
+        CheckpointError: it can't be read; verify() would have found that.
+    """
+    path = checkpoint.path / STATE
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}", "swinv2-scale checkpoint verify RUN") from error
     return data
 
 

@@ -28,6 +28,7 @@ from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.saving import Saver
 from swinv2_scale.engine.start import first_values, settle
 from swinv2_scale.engine.step import TrainState
+from swinv2_scale.engine.watchdog import Watchdog
 from swinv2_scale.errors import ClusterError, ConfigError, ExitCode
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.tasks.simmim import SimMIMTask
@@ -57,16 +58,19 @@ def run_job(loaded: LoadedConfig, options: JobOptions) -> ExitCode:
     _check_cluster(loaded.config)
     dist.start(loaded.config.cluster.timeout_s)
     directory = RunDirectory(options.run_dir)
+    watchdog = Watchdog(loaded.config.cluster, directory.log(dist.rank()))
     try:
-        with dist.peers_may_be_lost("training"):
+        with dist.peers_may_be_lost("training", watchdog.who_is_missing):
+            watchdog.start()
             _check_ranks_agree(loaded.config, options)
-            code = _run(loaded, options, directory, stop_request)
+            code = _run(loaded, options, directory, stop_request, watchdog)
             dist.barrier()
             return code
     except BaseException:
         log().debug("ended by:", exc_info=True)  # into this rank's log file; the console gets one error, not W
         raise
     finally:
+        watchdog.stop()
         directory.close()
         dist.stop()
 
@@ -105,13 +109,17 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     return engine
 
 
-def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, stop_request: StopRequest) -> ExitCode:
+def _run(
+    loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, stop_request: StopRequest, watchdog: Watchdog
+) -> ExitCode:
     config = loaded.config
     num_micro_batches = accumulation_steps(config, dist.world_size())
     directory.life = dist.on_rank_zero(directory.open, "opening the run directory")
     dist.all_agree(lambda: log_to_file(directory.log(dist.rank()), deepspeed_logger), "opening the log")
     _greet(config, directory, num_micro_batches)
+    watchdog.enter("opening the data")
     inputs = open_inputs(config)
+    watchdog.enter("looking for a checkpoint")
     found, state, loaded = find_checkpoint(options.resume, directory, loaded, inputs.train)
     task_type = _TASKS[config.task.name]
     loaded, loading = (loaded, None) if found else settle(loaded, task_type)
@@ -123,8 +131,10 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
 
     task: Task = task_type(config)
     batches = inputs.training(task, state.step, last_step)  # starts no worker before the first is asked for
+    watchdog.enter("building the model")
     engine = build_engine(config, task, loading, will_load=found is not None)
     if found:
+        watchdog.enter("reading the checkpoint")
         restore.load(engine, found, config.data.global_batch_size)
     output = dist.all_agree(
         lambda: Output(loaded, directory, state.step) if dist.rank() == 0 else None, "opening the run's files"
@@ -139,9 +149,10 @@ def _run(loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, sto
         order=inputs.order,
         batches=batches,
         num_micro_batches=num_micro_batches,
-        between_steps=_BetweenSteps(engine, task, inputs, saver, output),
+        between_steps=_BetweenSteps(engine, task, inputs, saver, output, watchdog),
         progress=progress,
         stop_request=stop_request,
+        watchdog=watchdog,
         last_step=last_step,
     )
     if found:
@@ -168,23 +179,27 @@ class _BetweenSteps:
     inputs: Inputs
     saver: Saver
     output: Output | None
+    watchdog: Watchdog
 
     @property
     def has_validation(self) -> bool:
         return self.inputs.validation is not None
 
     def begin_save(self, state: TrainState, validation_loss: float | None) -> None:
+        self.watchdog.enter("saving a checkpoint", state.step)
         dist.all_agree(lambda: self.output.sync() if self.output else None, "writing the metrics")
         facts = facts_of(self.inputs.config, self.inputs.train)
         self.saver.begin(state.step, {**asdict(state), **facts}, validation_loss)
 
     def validate(self, step: int) -> float:
-        loss, lost = evaluate.validation_loss(self.engine, self.task, self.inputs.held_back(self.task))
+        batches = self.watchdog.each(self.inputs.held_back(self.task), "validating", step)
+        loss, lost = evaluate.validation_loss(self.engine, self.task, batches)
         dist.all_agree(lambda: self._list(lost, step, "validation"), "writing the quarantine list")
         self.inputs.check_held_back(lost)
         return loss
 
     def draw_panel(self, step: int) -> None:
+        self.watchdog.enter("drawing the panel", step)
         task_config = self.inputs.config.task
         title = f"step {step}: {task_config.mask_ratio:.0%} hidden in units of {task_config.mask_patch_size} px"
         batch = dist.all_agree(lambda: self.inputs.panel_batch(self.task), "reading the panel's images")

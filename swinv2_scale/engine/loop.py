@@ -19,6 +19,7 @@ from swinv2_scale.engine.optim import learning_rate
 from swinv2_scale.engine.preemption import StopRequest
 from swinv2_scale.engine.saving import Saver
 from swinv2_scale.engine.step import StepResult, TrainState, train_step
+from swinv2_scale.engine.watchdog import Watchdog
 from swinv2_scale.errors import DataError, DivergedError, ExitCode, OutputError, PeerLostError, ScaleError
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import ProgressLine, log
@@ -79,6 +80,7 @@ class Loop:
     between_steps: BetweenSteps
     progress: ProgressLine
     stop_request: StopRequest
+    watchdog: Watchdog
     last_step: int
     #: The latest one, by its step.
     validation_losses: dict[int, float] = field(default_factory=dict)
@@ -93,26 +95,29 @@ class Loop:
         except PeerLostError:
             raise
         except ScaleError:
-            self.between_steps.saver.finish()  # all ranks are here: what was saved before isn't lost
+            self._finish_saving()  # all ranks are here: what was saved before isn't lost
             raise
 
     def _run(self) -> ExitCode:
-        saver = self.between_steps.saver
         saved_step = self.state.step
         failure: ScaleError | None = None
+        is_steady = False  # the first step starts workers, allocates and compiles
         while self.state.step < self.last_step:
+            self.watchdog.enter("waiting for samples", self.state.step + 1, is_steady)
             started = time.perf_counter()
             batches: list[Batch] = []
             if failure is None:
                 batches, failure = self._fetch()
             waited = time.perf_counter() - started
+            self.watchdog.enter("training", self.state.step + 1, is_steady)
             if self._boundary(failure):
                 if self.state.step > saved_step:
-                    self.between_steps.begin_save(self.state, None)
-                saver.finish()
+                    self._begin_saving()
+                self._finish_saving()
                 return ExitCode.STOPPED
             lr = learning_rate(self.state.step, self.config.optim)
             result = train_step(self.engine, self.task, batches, lr)
+            is_steady = True
             ledger, overdrawn = self._accounted(result)
             self.state = self.state.advanced(self.config.data.global_batch_size, result.is_applied, ledger)
             failure = self._finish_step(result, lr, waited, started, batches)
@@ -120,10 +125,17 @@ class Loop:
             self._check_quarantined(overdrawn)
             if self.state.step % self.config.checkpoint.every_steps == 0 or self.state.step == self.last_step:
                 dist.all_agree(partial(_raise_if, failure), "writing the metrics")
-                self.between_steps.begin_save(self.state, self.validation_losses.get(self.state.step))
+                self._begin_saving()
                 saved_step = self.state.step
-        saver.finish()
+        self._finish_saving()
         return ExitCode.DONE
+
+    def _begin_saving(self) -> None:
+        self.between_steps.begin_save(self.state, self.validation_losses.get(self.state.step))
+
+    def _finish_saving(self) -> None:
+        self.watchdog.enter("writing a checkpoint", self.state.step)
+        self.between_steps.saver.finish()
 
     def _fetch(self) -> tuple[list[Batch], ScaleError | None]:
         """The micro-batches of one step, or this rank's reason why not; told to the others at the boundary."""

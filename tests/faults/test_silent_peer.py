@@ -1,0 +1,245 @@
+"""F18 and F19: a rank that is stopped, stuck, killed or cut off is named by the others, which end in time."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import REPOSITORY, Job, start_pretrain
+from tests.support.small_run import LIGHT, metrics, write_config
+
+STEP_TIMEOUT_S = 4
+#: What is promised: so long after the fault no rank that waits is left.
+IN_TIME_S = STEP_TIMEOUT_S + 10
+#: For everything else, on a machine that others use.
+DEADLINE_S = 120
+HOST = socket.gethostname()
+ENDLESS = (*LIGHT, "optim.total_steps=100000", "evaluation.every_steps=0", "checkpoint.every_steps=1000")
+
+
+@dataclass
+class Ended:
+    """How a job took its fault.
+
+    Attributes:
+        codes: of the ranks; None for one that was stopped and remained.
+        seconds: from the fault to the end of the last survivor.
+    """
+
+    run: Path
+    codes: list[int | None]
+    outputs: list[str]
+    seconds: float
+
+    def log(self, rank: int) -> str:
+        return (self.run / "log" / f"rank-{rank}.log").read_text()
+
+    @property
+    def last_step(self) -> int:
+        return int(metrics(self.run)[-1]["step"])
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop_loader(pid: int) -> None:
+    for worker in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        stop(int(worker))
+
+
+#: What happens, and to which rank of two.
+FAULTS: dict[str, tuple[Callable[[int], None], int]] = {
+    "rank 0 stopped": (stop, 0),
+    "rank 1 stopped": (stop, 1),
+    "loader of rank 1 stopped": (stop_loader, 1),
+    "rank 0 killed": (kill, 0),
+    "rank 1 killed": (kill, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, Ended]:
+    """All faults at once, each in a job of its own: nearly all of the time is waiting."""
+    config = write_config(tmp_path_factory.mktemp("config"), shards)
+    runs = {name: tmp_path_factory.mktemp("runs") / "run" for name in FAULTS}
+    arguments = ("--config", config, *ENDLESS, f"cluster.step_timeout_s={STEP_TIMEOUT_S}")
+    jobs = {name: start_pretrain("--run-dir", run, *arguments, processes=2) for name, run in runs.items()}
+    started: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    end = time.monotonic() + DEADLINE_S
+    try:
+        while len(seconds) < len(jobs):
+            time.sleep(0.05)
+            assert time.monotonic() < end, [[rank.output for rank in job.ranks] for job in jobs.values()]
+            for name, job in jobs.items():
+                if name not in started and has_reached(runs[name], 3, [rank.poll() for rank in job.ranks]):
+                    fault, hit = FAULTS[name]
+                    fault(job.ranks[hit].pid)
+                    started[name] = time.monotonic()
+                elif name in started and name not in seconds and not survivors(name, job):
+                    seconds[name] = time.monotonic() - started[name]
+        codes = {name: [rank.poll() for rank in job.ranks] for name, job in jobs.items()}
+    finally:
+        for job in jobs.values():
+            for rank in job.ranks:
+                rank.send_signal(signal.SIGKILL)
+    return {
+        name: Ended(runs[name], codes[name], [rank.output for rank in job.ranks], seconds[name])
+        for name, job in jobs.items()
+    }
+
+
+def survivors(name: str, job: Job) -> list[int]:
+    """The ranks that have yet to end by themselves."""
+    fault, hit = FAULTS[name]
+    return [number for number, rank in enumerate(job.ranks) if rank.poll() is None and (number, fault) != (hit, stop)]
+
+
+def has_reached(run: Path, step: int, codes: list[int | None]) -> bool:
+    assert set(codes) == {None}, "a rank ended before anything happened to it"
+    path = run / "metrics.jsonl"
+    return path.exists() and path.read_text().count("\n") >= step
+
+
+@pytest.mark.parametrize("hit", [0, 1])
+def test_f18_the_survivor_of_a_silent_rank_ends_with_75_in_time(ended: dict[str, Ended], hit: int) -> None:
+    job = ended[f"rank {hit} stopped"]
+    assert job.codes[1 - hit] == 75, job.outputs
+    assert job.codes[hit] is None
+    assert job.seconds < IN_TIME_S
+
+
+@pytest.mark.parametrize("hit", [0, 1])
+def test_f18_it_says_which_rank_on_which_host_at_which_step_in_which_phase(ended: dict[str, Ended], hit: int) -> None:
+    job = ended[f"rank {hit} stopped"]
+    said = re.search(
+        rf"error: rank {1 - hit} on {HOST} has been at step (\d+) \((?:training|waiting for samples)\) for \d+ s: "
+        rf"rank {hit} on {HOST} no longer answers, last seen at (?:step \d+|the start) \([a-z ]+\)\n",
+        job.outputs[1 - hit],
+    )
+    assert said, job.outputs
+    # Rank 0 writes a row when the step is over; a rank may be one ahead of that.
+    assert job.last_step <= int(said[1]) <= job.last_step + 2
+    assert "exit code 75" in job.outputs[1 - hit]
+
+
+@pytest.mark.parametrize("hit", [0, 1])
+def test_f18_its_log_has_the_stacks_of_all_its_threads(ended: dict[str, Ended], hit: int) -> None:
+    log = ended[f"rank {hit} stopped"].log(1 - hit)
+    stacks = log[log.index("the stacks of all threads") :]
+    assert "in train_step" in stacks or "in _boundary" in stacks  # where the main thread waits
+    assert "watchdog.py" in stacks
+    assert stacks.count("hread 0x") >= 3
+
+
+def test_f18_a_rank_stuck_in_its_loader_is_named_with_its_phase_by_itself_and_by_the_other(
+    ended: dict[str, Ended],
+) -> None:
+    job = ended["loader of rank 1 stopped"]
+    assert job.codes == [75, 75], job.outputs
+    assert job.seconds < IN_TIME_S
+    for output in job.outputs:
+        assert re.search(rf"rank 1 on {HOST} is still at step \d+ \(waiting for samples\)", output), output
+
+
+@pytest.mark.parametrize("hit", [0, 1])
+def test_f18_the_survivor_of_a_killed_rank_names_it_beside_what_the_backend_said(
+    ended: dict[str, Ended], hit: int
+) -> None:
+    job = ended[f"rank {hit} killed"]
+    assert job.codes[1 - hit] == 75, job.outputs
+    assert job.codes[hit] == -signal.SIGKILL
+    said = job.outputs[1 - hit]
+    assert re.search(rf"rank {hit} on {HOST} no longer answers, last seen at (step \d+|the start) \(", said), said
+    # A loader's worker that outlives its rank keeps connections open; then the step's time is up first.
+    assert re.search(r"Connection|Broken pipe|has been at step", said), said
+    assert "Traceback" not in said
+
+
+@pytest.mark.sweep
+def test_f19_two_halves_of_a_cut_network_both_end_in_time_and_neither_publishes(tmp_path: Path, shards: Path) -> None:
+    """Needs root: each rank runs in a network namespace of its own, as on a host of its own."""
+    config = write_config(tmp_path, shards)
+    run = tmp_path / "run"
+    arguments = ("--config", config, "--run-dir", run, *ENDLESS, "checkpoint.every_steps=20")
+    with two_hosts(f"swin{os.getpid()}") as hosts:
+        processes = [start_on(hosts, rank, tmp_path, *arguments) for rank in range(2)]
+        try:
+            end = time.monotonic() + DEADLINE_S
+            while not has_reached(run, 22, [process.poll() for process in processes]):
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            ip("-n", hosts[1], "link", "set", "wire", "down")
+            started = time.monotonic()
+            codes = [process.wait(DEADLINE_S) for process in processes]
+            seconds = time.monotonic() - started
+        finally:
+            for process in processes:
+                process.kill()
+    outputs = [(tmp_path / f"output-{rank}").read_text() for rank in range(2)]
+    assert codes == [75, 75], outputs
+    assert seconds < IN_TIME_S
+    for rank in range(2):
+        other = f"rank {1 - rank} on {hosts[1 - rank]}"
+        assert re.search(rf"error: rank {rank} on .*: {other} no longer answers, last seen at step \d+", outputs[rank])
+    step = int(metrics(run)[-1]["step"])
+    published = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert published == [f"step-{saved:08d}" for saved in range(20, step + 1, 20)][-3:]
+    assert step < 40, "the job went on for long enough after the cut to prove nothing"
+
+
+@contextmanager
+def two_hosts(name: str) -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a wire between them; each calls its end ``wire``."""
+    hosts = (f"{name}a", f"{name}b")
+    try:
+        for host in hosts:
+            ip("netns", "add", host)
+            ip("-n", host, "link", "set", "lo", "up")
+        ip("-n", hosts[0], "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", hosts[1])
+        for number, host in enumerate(hosts, 1):
+            ip("-n", host, "addr", "add", f"10.77.0.{number}/24", "dev", "wire")
+            ip("-n", host, "link", "set", "wire", "up")
+        yield hosts
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host], check=False)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+def start_on(hosts: tuple[str, str], rank: int, folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "10.77.0.1",
+        "MASTER_PORT": "29511",
+        "GLOO_SOCKET_IFNAME": "wire",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    limit = f"cluster.step_timeout_s={STEP_TIMEOUT_S}"
+    command: list[object] = ["ip", "netns", "exec", hosts[rank], "unshare", "--uts"]
+    command += ["sh", "-c", 'hostname "$0"; exec "$@"', hosts[rank]]
+    command += [sys.executable, REPOSITORY / "launch" / "pretrain.py", *arguments, limit]
+    with (folder / f"output-{rank}").open("wb") as output:
+        return subprocess.Popen([*map(str, command)], env=environment, stdout=output, stderr=output)
