@@ -23,6 +23,11 @@ class ExitCode(IntEnum):
     STOPPED = 85  # stopped by a signal after saving a checkpoint; requeue me
 
 
+def printable(text: str) -> str:
+    """Text from outside, which may hold what a terminal obeys or what no encoding has, with none of that in it."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 class ScaleError(Exception):
     """Base of all typed errors.
 
@@ -46,7 +51,8 @@ class ScaleError(Exception):
         return self
 
     def __str__(self) -> str:
-        return f"{self.message}\n  next: {self.next_step}" if self.next_step else self.message
+        text = f"{self.message}\n  next: {self.next_step}" if self.next_step else self.message
+        return "\n".join(map(printable, text.split("\n")))
 
     @property
     def report(self) -> str:

@@ -11,10 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from swinv2_scale.cli.arguments import positive_int
 from swinv2_scale.cli.models import add_average, export_run
-from swinv2_scale.errors import CheckpointError
+from swinv2_scale.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
     from swinv2_scale.config.run import CheckpointConfig
@@ -93,15 +94,16 @@ def _list(arguments: argparse.Namespace) -> None:
         table.add_column(name, justify="left" if name in ("saved", "precision") else "right", no_wrap=True)
     for row in rows:
         loss = row["validation_loss"]
-        table.add_row(
+        cells = (
             f"{row['step']:,}",
             row["saved"][:16].replace("T", " "),
             f"{row['bytes'] / 2**20:,.1f} MiB",
-            str(row["processes"]),
-            "" if row["zero_stage"] is None else str(row["zero_stage"]),
+            row["processes"],
+            "" if row["zero_stage"] is None else row["zero_stage"],
             row["precision"] or "",
             "" if loss is None else f"{loss:.4f}",
         )
+        table.add_row(*(Text(printable(str(cell))) for cell in cells))
     console = Console()
     console.print(table)
     words = "what their manifests say; every byte is compared by: swinv2-scale checkpoint verify RUN"
@@ -121,7 +123,7 @@ def _verify(arguments: argparse.Namespace) -> None:
                 verify(checkpoint, lambda num_bytes: progress.advance(task, num_bytes))
             except CheckpointError as error:
                 damaged.append(checkpoint)
-                print(f"step {checkpoint.step}: DAMAGED: {error.message}")
+                print(printable(f"step {checkpoint.step}: DAMAGED: {error.message}"))
             else:
                 size = f"{checkpoint.num_bytes / 2**20:,.1f} MiB"
                 print(f"step {checkpoint.step}: whole, {len(checkpoint.files)} files, {size}")

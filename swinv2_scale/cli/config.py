@@ -7,11 +7,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from swinv2_scale.config.loader import flatten, load_config
 from swinv2_scale.config.rules import resume_policy
 from swinv2_scale.config.source import format_value
-from swinv2_scale.errors import ConfigError
+from swinv2_scale.errors import ConfigError, printable
 
 
 def add_commands(commands: Any) -> None:
@@ -47,7 +48,8 @@ def _explain(arguments: argparse.Namespace) -> None:
     for key, value in rows.items():
         dotted = ".".join(key)
         overrode = "; ".join(loaded.overridden(key))
-        table.add_row(dotted, format_value(value), loaded.origin(key), overrode, resume_policy(dotted))
+        cells = (dotted, format_value(value), loaded.origin(key), overrode, resume_policy(dotted))
+        table.add_row(*(Text(printable(cell)) for cell in cells))  # as they are: brackets are no markup
     console = Console()
     # Piped, a table must not be cut to 80 columns.
     (console if console.is_terminal else Console(width=240)).print(table)

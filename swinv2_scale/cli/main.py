@@ -9,15 +9,20 @@ from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand and turn typed errors into one message and an exit code."""
+def make_parser() -> ArgumentParser:
+    """Every command and its options."""
     parser = ArgumentParser("swinv2-scale", "Swin Transformer V2, from Tiny to SwinV2-G.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     config.add_commands(commands)
     shards.add_commands(commands)
     models.add_commands(commands)
     checkpoint.add_commands(commands)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand and turn typed errors into one message and an exit code."""
+    arguments = make_parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except ScaleError as error:

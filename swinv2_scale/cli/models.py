@@ -17,7 +17,7 @@ from swinv2_scale.cli.arguments import positive_int
 from swinv2_scale.config.loader import nearest_model_field
 from swinv2_scale.config.model import VARIANTS, ModelConfig
 from swinv2_scale.config.source import Settings, apply_overrides
-from swinv2_scale.errors import ConfigError
+from swinv2_scale.errors import ConfigError, printable
 from swinv2_scale.plan.cost import num_multiply_adds, num_parameters
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _write(weights: Weights, arguments: argparse.Namespace) -> None:
     from swinv2_scale.weights.write import write_weights
 
     fields = _model_fields(arguments.fields)
-    print(f"{weights.where}: {FORMAT_NAMES[weights.style]}'s format, {describe(weights.model_fields)}")
+    print(printable(f"{weights.where}: {FORMAT_NAMES[weights.style]}'s format, {describe(weights.model_fields)}"))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("writing", total=len(weights.metas))
         read: set[str] = set()
@@ -167,7 +167,7 @@ def _write(weights: Weights, arguments: argparse.Namespace) -> None:
 
         left_out = write_weights(replace(weights, tensor=watched), arguments.destination, arguments.style, **fields)
     for sentence in left_out:
-        print(f"note: {sentence}")
+        print(printable(f"note: {sentence}"))
     target = arguments.destination
     files = [target] if target.is_file() else list(target.iterdir())
     num_bytes = sum(file.stat().st_size for file in files)
@@ -184,9 +184,9 @@ def _predict(arguments: argparse.Namespace) -> None:
         prediction = classifier.predict(path, arguments.top_k)
         found.append(prediction)
         if not arguments.json:
-            print(prediction.path)
+            print(printable(str(prediction.path)))
             for name, probability in prediction.top:
-                print(f"  {probability:6.1%}  {name}")
+                print(printable(f"  {probability:6.1%}  {name}"))
     if arguments.json:
         print(json.dumps([{"image": str(p.path), "top": p.top} for p in found], indent=2))
     draw_predictions(found, arguments.picture)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from swinv2_scale.cli import shards_check
 from swinv2_scale.cli.arguments import positive_int
 from swinv2_scale.cli.progress import progress_bar
-from swinv2_scale.errors import ConfigError, ExitCode
+from swinv2_scale.errors import ConfigError, ExitCode, printable
 
 if TYPE_CHECKING:
     from swinv2_scale.data.sources.write_job import WriteOptions
@@ -107,7 +107,7 @@ def _write_shards(arguments: argparse.Namespace) -> None:
     options = _write_options(arguments)
     source = list_source(arguments.layout, arguments.source, options.made_by["split"])
     for sentence in source.notes:
-        print(f"note: {sentence}")
+        print(printable(f"note: {sentence}"))
     destination = arguments.destination
     with progress_bar("writing", rate_of="samples") as show:
         summary = write_source(

@@ -19,8 +19,7 @@ from rich.text import Text
 
 from swinv2_scale.cli.arguments import positive_int
 from swinv2_scale.cli.progress import progress_bar
-from swinv2_scale.errors import ExitCode
-from swinv2_scale.telemetry.console import printable
+from swinv2_scale.errors import ExitCode, printable
 
 if TYPE_CHECKING:
     from swinv2_scale.data.inspection.stats import Stats

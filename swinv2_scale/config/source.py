@@ -13,6 +13,9 @@ from swinv2_scale.errors import ConfigError, ConfigProblem
 
 KeyPath = tuple[str, ...]
 
+#: PyYAML takes time with the square of the depth, and Python's stack ends at a thousand.
+_MAX_DEPTH = 100
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``1e-3`` as a string; here it is the number that everybody means."""
@@ -125,6 +128,8 @@ def _plain(value: Any) -> Any:
 
 def _read_into(settings: Settings, path: Path, chain: tuple[Path, ...]) -> None:
     try:
+        if chain and path.exists() and not path.is_file():  # what others wrote: from a pipe nothing may ever come
+            raise OSError("it is no plain file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         origin = f" (extended by {chain[-1]})" if chain else ""
@@ -160,7 +165,11 @@ def _parse(text: str, where: str, lines: dict[KeyPath, int] | None) -> Any:
     """YAML text as plain data: mappings, tuples for sequences, scalars; no aliases, no tags, no duplicate keys."""
     try:
         loader = _Loader(text)
+        depth = 0
         for event in yaml.parse(text, _Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise ConfigError(f"{where}: nested too deeply to be a configuration")
             if isinstance(event, yaml.AliasEvent):
                 line = f":{event.start_mark.line + 1}" if event.start_mark else ""
                 raise ConfigError(f"{where}{line}: aliases (*name) are not supported")
@@ -170,8 +179,6 @@ def _parse(text: str, where: str, lines: dict[KeyPath, int] | None) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark and lines is not None else ""
         raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{where}: nested too deeply to be a configuration") from error
 
 
 def _build(loader: _Loader, node: yaml.Node, path: KeyPath, where: str, lines: dict[KeyPath, int] | None) -> Any:

@@ -10,6 +10,8 @@ from swinv2_scale.data.images.decode import cause_of
 from swinv2_scale.errors import SampleError
 
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi", "mov")
+#: ffmpeg's names of these. It takes lists of files for clips too, and would open the files that they name.
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 
 def count_frames(data: bytes) -> int:
@@ -42,7 +44,7 @@ def _frames(data: bytes) -> Iterator[Any]:
     import av
 
     try:
-        with av.open(io.BytesIO(data), "r") as container:
+        with av.open(io.BytesIO(data), "r", options={"format_whitelist": _CONTAINERS}) as container:
             stream = container.streams.video[0]
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1

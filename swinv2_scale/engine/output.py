@@ -17,6 +17,8 @@ from swinv2_scale.engine.step import TrainState
 from swinv2_scale.telemetry.metrics import MetricsFile, read_metrics
 from swinv2_scale.telemetry.tensorboard import TensorBoard
 
+_IDENTITY = {"use", "epoch", "position"}
+
 
 class Output:
     """The open files of a run; made by rank 0 alone, while it holds the run directory's lock.
@@ -40,7 +42,8 @@ class Output:
     def _open(self, step: int) -> None:
         self._metrics = MetricsFile(self._directory.metrics, step)
         self._quarantine = MetricsFile(self._directory.quarantine, step)
-        self._listed = {_identity(row) for row in read_metrics(self._directory.quarantine)}
+        rows = read_metrics(self._directory.quarantine)
+        self._listed = {_identity(row) for row in rows if row.keys() >= _IDENTITY}
         self._board = TensorBoard(self._directory.tensorboard, step) if self._has_board else None
 
     def rewind(self, step: int) -> None:
@@ -94,5 +97,5 @@ class Output:
             self._board.close()
 
 
-def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["use"], row["epoch"], row["position"]
+def _identity(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in sorted(_IDENTITY))

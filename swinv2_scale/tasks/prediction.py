@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from swinv2_scale.data.images.decode import IMAGE_FORMATS, PixelFormat, decode_image, open_image
 from swinv2_scale.data.images.transforms import central_resized_crop
 from swinv2_scale.data.shards.reader import Record
+from swinv2_scale.durable import open_plain
 from swinv2_scale.errors import ConfigError, DataError, OutputError, WeightsError
 from swinv2_scale.models.backbone import SwinV2
 from swinv2_scale.weights.api import load_into
@@ -70,7 +71,8 @@ class Classifier:
         """
         config = self.model.config
         try:
-            content = path.read_bytes()
+            with open_plain(path) as file:
+                content = file.read()
         except OSError as error:
             raise DataError(f"cannot read the image {path}: {error}", "check the path") from None
         record = Record(str(path), str(path), {path.suffix.lower().lstrip("."): content})

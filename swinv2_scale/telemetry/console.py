@@ -10,17 +10,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from swinv2_scale.errors import printable
+
 _LOGGER = logging.getLogger("swinv2_scale")
+
+
+class _Formatter(logging.Formatter):
+    """Names from outside come into messages; whoever reads a log file does so in a terminal too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def log() -> logging.Logger:
     """The package's logger: rank 0 shows INFO on the console, every rank keeps all of it in RUN/log/rank-N.log."""
     return _LOGGER
-
-
-def printable(text: str) -> str:
-    """Text from outside, which may hold what a terminal obeys or what no encoding has, with none of that in it."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def start_logging(rank: int) -> None:
@@ -32,7 +36,7 @@ def start_logging(rank: int) -> None:
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    console.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    console.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     _LOGGER.addHandler(console)
 
 
@@ -40,7 +44,7 @@ def log_to_file(path: Path, *others: logging.Logger) -> None:
     """Keep everything that this rank logs, and what ``others`` (the libraries') log, in a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for logger in (_LOGGER, logging.getLogger("py.warnings"), *others):
         logger.addHandler(handler)
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from swinv2_scale.durable import open_plain
 from swinv2_scale.errors import WeightsError
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -78,7 +79,7 @@ def json_beside(path: Path, name: str) -> dict[str, Any] | None:
         data = json.loads(place.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{place} can't be read: {error}", "copy it again") from None
     if not isinstance(data, dict):
         raise WeightsError(f"{place} holds no object", "copy it again")
@@ -89,7 +90,7 @@ def _read_shards(path: Path, index: Path) -> dict[str, Tensor]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted({str(name) for name in places.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} can't be read: {error!r}", "copy the folder again, whole") from None
     raw: dict[str, Tensor] = {}
     for shard in shards:
@@ -103,9 +104,9 @@ def _read_shards(path: Path, index: Path) -> dict[str, Tensor]:
 
 
 def _refuse_what_downloads_leave(path: Path) -> None:
-    """A web page or a pointer of Git LFS under the name of the file."""
+    """A web page or a pointer of Git LFS under the name of the file; and what is no file at all."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             start = file.read(64).lstrip().lower()
     except OSError as error:
         raise WeightsError(f"{path} can't be read: {error}") from None

@@ -240,7 +240,7 @@ def _own_words(text: Any, path: Path) -> tuple[Format, Facts]:
             tuple(std) if std else None,
             tuple(labels) if labels else None,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path}: its own description ({METADATA_KEY}) can't be read: {error!r}") from None
 
 

@@ -23,7 +23,7 @@ NARROW = (
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_a_giant_built_under_zero_init_has_the_first_values_of_one_built_plainly(processes: int) -> None:
+def test_f21_a_giant_built_under_zero_init_has_the_first_values_of_one_built_plainly(processes: int) -> None:
     output = run_worker("first_values.py", CONFIG, *NARROW, processes=processes).output
     found = next(line for line in output.splitlines() if line.startswith("RESULT ")).split()[1:]
     assert found == plain_digests(CONFIG, processes)

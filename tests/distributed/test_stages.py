@@ -49,7 +49,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, Any
     return results(tmp_path_factory.mktemp("one"), shards, 1, ALONE)
 
 
-def test_first_weights_are_the_same_bits_at_any_stage_and_number_of_ranks(
+def test_f21_first_weights_are_the_same_bits_at_any_stage_and_number_of_ranks(
     one: dict[str, Any], two: dict[str, Any]
 ) -> None:
     plain = one["0 fp32"]["initial"]
@@ -61,7 +61,7 @@ def test_first_weights_are_the_same_bits_at_any_stage_and_number_of_ranks(
                 assert found[stage]["initial"] == plain, stage
 
 
-def test_float32_masters_hold_unrounded_first_weights_in_bf16_too(one: dict[str, Any], two: dict[str, Any]) -> None:
+def test_f21_float32_masters_hold_unrounded_first_weights_in_bf16_too(one: dict[str, Any], two: dict[str, Any]) -> None:
     plain = one["0 fp32"]["initial"]
     assert {found[stage]["initial masters"] for found in (one, two) for stage in found} == {plain}
 

@@ -83,7 +83,9 @@ def test_no_shards_match(config: Path, tmp_path: Path) -> None:
     assert_refused(finished, 65, f"no shards match '{tmp_path}/none-*.tar'")
 
 
-def test_a_missing_and_a_truncated_shard_are_named_on_every_rank(config: Path, tmp_path: Path, shards: Path) -> None:
+def test_f11_a_missing_and_a_truncated_shard_are_named_on_every_rank(
+    config: Path, tmp_path: Path, shards: Path
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(shards / "fashion-mnist" / "train", broken)
     os.truncate(broken / "000003.tar", 12345)
@@ -93,7 +95,9 @@ def test_a_missing_and_a_truncated_shard_are_named_on_every_rank(config: Path, t
     assert_refused(finished, 65, "000003.tar has 12345 bytes", "000005.tar is missing")
 
 
-def test_a_byte_flipped_in_a_sample_stops_the_run_when_it_is_read(config: Path, tmp_path: Path, shards: Path) -> None:
+def test_f11_a_byte_flipped_in_a_sample_stops_the_run_when_it_is_read(
+    config: Path, tmp_path: Path, shards: Path
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(shards / "fashion-mnist" / "train", broken)
     for tar in broken.glob("*.tar"):
@@ -122,7 +126,7 @@ def test_a_new_run_never_overwrites_another(trained: tuple[Path, Path]) -> None:
     assert_refused(finished, 73, "holds a run at step 4")
 
 
-def test_a_run_directory_of_another_configuration_lists_what_may_change_and_what_not(
+def test_f07_a_run_directory_of_another_configuration_lists_what_may_change_and_what_not(
     trained: tuple[Path, Path],
 ) -> None:
     config, run = trained
@@ -139,7 +143,7 @@ def test_a_run_directory_of_another_configuration_lists_what_may_change_and_what
     assert (run / "config.yaml").read_text() == before
 
 
-def test_other_shards_on_resume_are_refused(trained: tuple[Path, Path], shards: Path) -> None:
+def test_f07_other_shards_on_resume_are_refused(trained: tuple[Path, Path], shards: Path) -> None:
     config, run = trained
     pattern = shards / "fashion-mnist" / "train" / "{000000..000006}.tar"
     finished = pretrain("--config", config, "--run-dir", run, f"data.train={pattern}")
@@ -173,7 +177,7 @@ def test_with_no_whole_checkpoint_left_the_run_never_starts_over(trained: tuple[
     assert metrics(copy) == metrics(run)
 
 
-def test_a_hostile_checkpoint_runs_no_code(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_f13_a_hostile_checkpoint_runs_no_code(trained: tuple[Path, Path], tmp_path: Path) -> None:
     import hashlib
     import pickle
 

@@ -63,7 +63,9 @@ def read_epoch(folder: Path, make_sample: MakeSample) -> tuple[set[tuple[int, in
 
 @pytest.mark.parametrize("decoder", ["fast", "exact"])
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
-def test_exactly_the_samples_that_a_fault_hits_are_replaced(tmp_path: Path, mutant: Mutant, decoder: str) -> None:
+def test_f11_f12_exactly_the_samples_that_a_fault_hits_are_replaced(
+    tmp_path: Path, mutant: Mutant, decoder: str
+) -> None:
     CANARY.unlink(missing_ok=True)
     folder = write_mutant(tmp_path / "s", mutant)
     lost, causes, consumed = read_epoch(folder, task(decoder).training_sample)
@@ -74,7 +76,9 @@ def test_exactly_the_samples_that_a_fault_hits_are_replaced(tmp_path: Path, muta
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
-def test_what_stops_a_run_is_said_before_the_first_step_or_at_the_sample(tmp_path: Path, mutant: Mutant) -> None:
+def test_f11_f12_what_stops_a_run_is_said_before_the_first_step_or_at_the_sample(
+    tmp_path: Path, mutant: Mutant
+) -> None:
     folder = write_mutant(tmp_path / "s", mutant)
     shards = read_shard_set(f"{folder}/{{000000..000002}}.tar")
     assert bool(shards.file_problems()) == mutant.is_seen_by_size
@@ -92,7 +96,7 @@ def test_what_stops_a_run_is_said_before_the_first_step_or_at_the_sample(tmp_pat
 
 
 @pytest.mark.parametrize("mutant", LABEL_FAULTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
-def test_a_task_with_labels_replaces_samples_whose_label_is_no_class(tmp_path: Path, mutant: Mutant) -> None:
+def test_f12_a_task_with_labels_replaces_samples_whose_label_is_no_class(tmp_path: Path, mutant: Mutant) -> None:
     lost, causes, consumed = read_epoch(write_mutant(tmp_path / "s", mutant), with_label)
     assert lost == {HIT}
     assert "label" in causes[0]
@@ -100,7 +104,7 @@ def test_a_task_with_labels_replaces_samples_whose_label_is_no_class(tmp_path: P
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
-def test_verify_finds_what_training_would_stumble_over(tmp_path: Path, mutant: Mutant) -> None:
+def test_f11_f12_verify_finds_what_training_would_stumble_over(tmp_path: Path, mutant: Mutant) -> None:
     folder = write_mutant(tmp_path / "s", mutant)
     verdict = verify(f"{folder}/{{000000..000002}}.tar", RemoteFiles(RemoteConfig()), str(tmp_path / "apart"))
     expected = {HIT} if mutant.only_for_labels else mutant.lost
@@ -110,7 +114,7 @@ def test_verify_finds_what_training_would_stumble_over(tmp_path: Path, mutant: M
         assert {(int(Path(d.shard).stem), d.number) for d in verdict.damaged} == expected
 
 
-def test_turned_images_are_shown_upright_and_sixteen_bits_are_not_clipped(tmp_path: Path) -> None:
+def test_f12_turned_images_are_shown_upright_and_sixteen_bits_are_not_clipped(tmp_path: Path) -> None:
     """What the loader hands over for these, not only that it does."""
     found = {}
     for mutant in MUTANTS:

@@ -56,7 +56,7 @@ def listed(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
 
 
-def test_killed_and_resumed_on_another_split_a_run_replaces_the_same_samples(config: Path, tmp_path: Path) -> None:
+def test_f11_killed_and_resumed_on_another_split_a_run_replaces_the_same_samples(config: Path, tmp_path: Path) -> None:
     allow = "data.max_quarantined_share=0.03"
     whole = pretrain("--config", config, "--run-dir", tmp_path / "whole", allow, processes=2)
     assert whole.code == 0, whole.output
@@ -87,7 +87,7 @@ def test_killed_and_resumed_on_another_split_a_run_replaces_the_same_samples(con
     assert digests[0] == digests[1]
 
 
-def test_a_run_stops_when_more_is_damaged_than_it_allows_and_has_listed_all_it_met(
+def test_f11_a_run_stops_when_more_is_damaged_than_it_allows_and_has_listed_all_it_met(
     config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -99,7 +99,7 @@ def test_a_run_stops_when_more_is_damaged_than_it_allows_and_has_listed_all_it_m
     assert f"{count} of 200 training samples are in quarantine in epoch 0" in finished.output
 
 
-def test_a_missing_and_a_cut_shard_are_counted_before_the_run_or_put_into_quarantine(
+def test_f11_a_missing_and_a_cut_shard_are_counted_before_the_run_or_put_into_quarantine(
     config: Path, tmp_path: Path, broken: Path
 ) -> None:
     folder = tmp_path / "train"
@@ -124,7 +124,7 @@ def test_a_missing_and_a_cut_shard_are_counted_before_the_run_or_put_into_quaran
     assert counts == DAMAGED | {(2, sample) for sample in range(25)} | {(6, sample) for sample in range(20, 25)}
 
 
-def test_damaged_validation_samples_count_for_nothing_and_are_listed_once(
+def test_f11_damaged_validation_samples_count_for_nothing_and_are_listed_once(
     config: Path, tmp_path: Path, broken: Path, shards: Path
 ) -> None:
     overrides = (f"data.validation={broken}/00000[01].tar", f"data.train={shards}/fashion-mnist/train/*.tar")
@@ -145,7 +145,7 @@ def test_damaged_validation_samples_count_for_nothing_and_are_listed_once(
     assert "3 of 50 validation samples are damaged" in stopped.output
 
 
-def test_the_limit_holds_for_an_epoch_that_begins_and_ends_in_one_step(
+def test_f11_the_limit_holds_for_an_epoch_that_begins_and_ends_in_one_step(
     config: Path, tmp_path: Path, broken: Path
 ) -> None:
     overrides = (f"data.train={broken}/000001.tar", "data.global_batch_size=25", "data.micro_batch_size=25")
@@ -156,7 +156,7 @@ def test_the_limit_holds_for_an_epoch_that_begins_and_ends_in_one_step(
     assert "2 of 25 training samples are in quarantine in epoch 0" in finished.output
 
 
-def test_a_validation_without_a_whole_sample_is_an_error_of_the_data(
+def test_f11_a_validation_without_a_whole_sample_is_an_error_of_the_data(
     config: Path, tmp_path: Path, broken: Path, shards: Path
 ) -> None:
     folder = tmp_path / "validation"

@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_one_row_a_step(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_saves_and_stops_all_with_85(
+def test_f16_a_signal_to_one_rank_saves_and_stops_all_with_85(
     tmp_path: Path, config: Path, unbroken: Path, number: signal.Signals
 ) -> None:
     arguments = ("--config", config, "--run-dir", tmp_path / "run")
@@ -90,7 +90,7 @@ def test_typed_again_a_finished_run_says_so_and_changes_nothing(config: Path, un
     assert changed <= {unbroken / ".lock"}
 
 
-def test_one_process_reads_the_same_global_batches_as_two(tmp_path: Path, config: Path, unbroken: Path) -> None:
+def test_f09_one_process_reads_the_same_global_batches_as_two(tmp_path: Path, config: Path, unbroken: Path) -> None:
     alone = pretrain("--config", config, "--run-dir", tmp_path / "run", "--steps", 6)
     assert alone.code == 0, alone.output
     ours, theirs = metrics(tmp_path / "run"), metrics(unbroken)[:6]
@@ -139,7 +139,7 @@ def _tensors(value: object) -> list[torch.Tensor]:
     return [tensor for item in items for tensor in _tensors(item)]
 
 
-def test_uneven_shards_smaller_than_a_batch_keep_the_ranks_in_step(tmp_path: Path, config: Path) -> None:
+def test_f10_uneven_shards_smaller_than_a_batch_keep_the_ranks_in_step(tmp_path: Path, config: Path) -> None:
     samples = fashion_mnist("train")
     for number, size in enumerate((3, 1, 7, 11, 2)):
         write_shards(islice(samples, size), tmp_path / f"shards-{number}", samples_per_shard=size, made_by="a test")

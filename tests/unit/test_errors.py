@@ -112,6 +112,11 @@ def test_an_error_says_what_to_do_next_on_a_line_of_its_own():
     assert str(ScaleError("no space left")) == "no space left"
 
 
+def test_names_from_outside_cannot_command_the_terminal_that_an_error_is_shown_on():
+    error = ScaleError("no file \x1b]0;owned\x07\x1b[2Jé\udcff\r", "look\nagain")
+    assert str(error) == "no file \ufffd]0;owned\ufffd\ufffd[2Jé\ufffd\ufffd\n  next: look\nagain"
+
+
 def test_a_configuration_error_lists_every_problem_with_place_and_suggestion():
     error = ConfigError("run.yaml has 2 problems:", "correct them", PROBLEMS)
     assert str(error).splitlines() == [

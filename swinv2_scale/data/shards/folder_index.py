@@ -121,7 +121,10 @@ def _scan(job: tuple[str, str, Path], *, remote: RemoteFiles, skip_damaged: bool
             scan = scan_shard(stream, location, name, skip_damaged=skip_damaged)
     except OSError as error:
         raise DataError(f"{location} cannot be read: {error}") from error
-    (destination / (name + _PART_SUFFIX)).write_bytes(scan.index)
+    part = destination / (name + _PART_SUFFIX)
+    part.unlink(missing_ok=True)
+    with part.open("xb") as file:  # never through a link: the folder is somebody else's
+        file.write(scan.index)
     return scan
 
 

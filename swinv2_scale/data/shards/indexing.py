@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from swinv2_scale.data.shards.manifest import MAX_SAMPLE_BYTES, ShardEntry, is_part_of_a_sample, sample_key
 from swinv2_scale.data.shards.tar_walk import Gap, Member, Readable, TarWalk
-from swinv2_scale.errors import DataError
-from swinv2_scale.telemetry.console import printable
+from swinv2_scale.errors import DataError, printable
 
 #: Extensions that are told apart; a shard with more of them has them counted as one.
 _MAX_EXTENSIONS = 62

@@ -40,12 +40,17 @@ _MAX_MANIFEST_BYTES = 2**30
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar of a manifest."""
+    """One tar of a manifest, a file of the manifest's own folder. ValueError where that can't be."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        is_plain = not {"/", "\0"} & set(self.name) and self.name not in ("", ".", "..")
+        if not is_plain or not all(isinstance(n, int) and 0 <= n < 2**63 for n in (self.samples, self.bytes)):
+            raise ValueError(f"no entry of a shard: {self}")
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,13 @@ class Manifest:
     entries: dict[str, ShardEntry]
     made_by: dict[str, Any]
     schema: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        names = [self.schema.get(key, []) for key in ("classes", "class_names")]
+        left_out = (item.keys() - {"samples"} for item in self.schema.get("left_out", []))
+        is_ours = isinstance(self.made_by, dict) and all(isinstance(value, list) for value in names)
+        if not is_ours or any(keys != {"shard", "key", "cause"} for keys in left_out):
+            raise ValueError("its made_by or schema isn't as we write them")
 
 
 def index_location(shard: str) -> str:
@@ -145,7 +157,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
             raise DataError(f"{where} is damaged: its digest differs", "copy it again, or: swinv2-scale shards index")
         entries = {item["name"]: ShardEntry(**item) for item in data["shards"]}
         return Manifest(entries, data["made_by"], data["schema"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _no_manifest(where, error) from error
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote, local_path
 from swinv2_scale.data.shards.tar_walk import Readable
+from swinv2_scale.durable import open_plain
 
 
 @contextmanager
@@ -16,7 +18,7 @@ def open_shard(location: str, remote: RemoteFiles) -> Iterator[Readable]:
         with closing(remote.stream(location)) as pieces:
             yield _Pieces(pieces)
     else:
-        with open(local_path(location), "rb") as file:
+        with open_plain(Path(local_path(location))) as file:
             yield file
 
 

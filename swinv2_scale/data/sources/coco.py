@@ -39,9 +39,11 @@ def list_coco(root: Path, split: str) -> Source:
                 "annotations": annotations.pop(image["id"], []),
             }
             file_name = f"{name}/{image['file_name']}"
+            if ".." in file_name.split("/"):  # an absolute one stays below the folder
+                raise ValueError(f"the file name {image['file_name']!r}")
             items.append(Item(keys.of(file_name), (file_name,), None, json_bytes(known)))
         schema = {"categories": data["categories"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{root / path} is not COCO's: {error!r}", "unpack the annotations again") from error
     if annotations:
         raise DataError(

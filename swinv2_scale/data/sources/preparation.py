@@ -18,6 +18,7 @@ from swinv2_scale.data.shards.manifest import MAX_SAMPLE_BYTES
 from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.data.shards.writer import RawSample, tar_block
 from swinv2_scale.data.sources.listing import Item, extension_of
+from swinv2_scale.durable import open_plain
 from swinv2_scale.errors import ConfigError, DataError, SampleError
 
 #: Pillow's format -> the extension that its files get here; MPO is a JPEG with a second one behind it.
@@ -67,7 +68,8 @@ def prepare(item: Item, root: Path, treatment: Treatment, max_mask_value: int) -
     size = (0, 0)
     for number, path in enumerate(item.files):
         try:
-            data = (root / path).read_bytes()
+            with open_plain(root / path) as file:
+                data = file.read()
         except OSError as error:
             raise DataError(f"cannot read {root / path}: {error}") from error
         try:

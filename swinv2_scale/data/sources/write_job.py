@@ -123,7 +123,9 @@ def write_source(
         raise OutputError(
             f"{part} is what an interrupted job left", f"go on with it: --resume; or start anew: remove {part}"
         )
-    foreign = sorted({path.name for path in part.iterdir()} - _NAMES) if part.exists() else []
+    # A link isn't ours either: what isn't finished is deleted in shards/, wherever that is.
+    there = list(part.iterdir()) if part.exists() else []
+    foreign = sorted(path.name for path in there if path.name not in _NAMES or path.is_symlink())
     if foreign:
         raise OutputError(f"{part} holds what this did not write: {foreign[0]}", "move it, or choose another folder")
     try:
@@ -189,7 +191,7 @@ def _listing(source: Source) -> Iterator[str]:
 def _check_plan(part: Path, options: WriteOptions) -> None:
     try:
         was = json.loads((part / "plan.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{part / 'plan.json'} is damaged: {error}", f"start anew: remove {part}") from error
     now = options.as_json()
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
@@ -224,7 +226,7 @@ def _read_progress(part: Path) -> Progress:
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
             progress.add(json.loads(line) if line.endswith(b"\n") else {})
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         whole += len(line)
     if path.exists():

@@ -131,7 +131,7 @@ LIVES = st.builds(
 
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(LIVES, min_size=1, max_size=3))
-def test_any_history_gives_the_global_batches_of_an_unbroken_run(
+def test_f09_any_history_gives_the_global_batches_of_an_unbroken_run(
     shards: ShardSet, unbroken: tuple[list[list[Seen]], Ledger], lives: list[Life]
 ) -> None:
     wanted, last_ledger = unbroken
@@ -151,7 +151,9 @@ def test_any_history_gives_the_global_batches_of_an_unbroken_run(
     assert saved_ledger == last_ledger
 
 
-def test_the_unbroken_run_is_what_the_order_says(shards: ShardSet, unbroken: tuple[list[list[Seen]], Ledger]) -> None:
+def test_f09_the_unbroken_run_is_what_the_order_says(
+    shards: ShardSet, unbroken: tuple[list[list[Seen]], Ledger]
+) -> None:
     """Against the order alone, without a loader: places, who stands in for whom, and the random numbers."""
     dataset = dataset_of(shards)
     for position, (number, random, stands_in) in enumerate(seen for batch in unbroken[0] for seen in batch):

@@ -141,7 +141,7 @@ def test_workers_and_the_starting_step_change_nothing(shards: ShardSet, num_work
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 12), (2, 6), (2, 3), (4, 3), (4, 1)])
-def test_ranks_together_read_the_samples_of_one_process_in_its_order(
+def test_f09_ranks_together_read_the_samples_of_one_process_in_its_order(
     shards: ShardSet, world_size: int, micro_batch_size: int
 ) -> None:
     options = {"world_size": world_size, "micro_batch_size": micro_batch_size}
