@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_scale import dist
+from swinv2_scale.durable import open_plain
 from swinv2_scale.errors import CheckpointError
 from swinv2_scale.telemetry.console import log
 
@@ -49,6 +51,13 @@ class Checkpoint:
     saved: str = ""
     validation_loss: float | None = None
 
+    def __post_init__(self) -> None:
+        # Anybody can write a manifest that agrees with itself.
+        counts = self.step, self.world_size - 1
+        is_loss = self.validation_loss is None or isinstance(self.validation_loss, float)
+        if not all(type(n) is int and 0 <= n < 2**31 for n in counts) or not isinstance(self.saved, str) or not is_loss:
+            raise ValueError("its manifest holds other things than ours")
+
     @property
     def num_bytes(self) -> int:
         return sum(record.bytes for record in self.files)
@@ -64,7 +73,7 @@ def manifest_text(step: int, world_size: int, files: Sequence[FileRecord], valid
         "step": step,
         "world_size": world_size,
         "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "validation_loss": validation_loss,
+        "validation_loss": validation_loss if validation_loss is None or math.isfinite(validation_loss) else None,
         "files": [asdict(record) for record in sorted(files, key=lambda record: record.name)],
     }
     return json.dumps({**data, "sha256": _digest(data)}, indent=1)
@@ -88,15 +97,16 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: it isn't a published checkpoint, or the manifest itself is damaged.
     """
     try:
-        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        with open_plain(path / MANIFEST) as file:
+            data = json.load(file)
         if data.pop("sha256") != _digest(data):
             raise ValueError("its manifest doesn't agree with its own digest")
         files = tuple(FileRecord(**item) for item in data.pop("files"))
         for record in files:
-            if Path(record.name).name != record.name or record.name == MANIFEST:
-                raise ValueError(f"a file of it would be {record.name!r}")
+            if not _is_plain_name(record.name) or type(record.bytes) is not int:
+                raise ValueError(f"a file of it would be {record.name!r} of {record.bytes!r} bytes")
         return Checkpoint(path, files=files, **data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         found = error if isinstance(error, ValueError) else repr(error)
         raise CheckpointError(
             f"{path} is not a complete checkpoint: {found}", "use another checkpoint of the run"
@@ -168,10 +178,19 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     path = checkpoint.path / STATE
     try:
+        if STATE not in {record.name for record in checkpoint.files}:
+            raise ValueError("its manifest doesn't vouch for it")
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(data["config"], dict):
+            raise TypeError("its config is no mapping")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}", "swinv2-scale checkpoint verify RUN") from error
     return data
+
+
+def _is_plain_name(name: str) -> bool:
+    """Of a file in the checkpoint's own folder; never a path out of it."""
+    return name not in ("", ".", "..", MANIFEST) and not {"/", "\0"} & set(name)
 
 
 def _damage(
@@ -183,7 +202,7 @@ def _damage(
         try:
             if path.is_symlink():
                 raise OSError(None, "it is a symbolic link")
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 found, num_bytes = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
         except OSError as error:
             lines.append(f"{path}: {error.strerror}")

@@ -75,7 +75,7 @@ def read_state(found: Checkpoint) -> tuple[TrainState, dict[str, Any]]:
     data = checkpoint.read_state(found)
     try:
         return TrainState.from_json(data), data
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{found.path} was made by another version: its state doesn't fit ({error!r})",
             "finish that run with the version that began it, or choose another --run-dir",

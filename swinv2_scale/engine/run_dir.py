@@ -110,6 +110,7 @@ class RunDirectory:
             # A checkpoint that is safe in a folder whose own name isn't would be gone after a power cut.
             for folder in (self.root, self.root.parent, *(folder.parent for folder in new)):
                 sync_folder(folder)
+            self._refuse_links()
             lock = (self.root / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise OutputError(
@@ -133,6 +134,19 @@ class RunDirectory:
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         lock.flush()
         self._lock = lock
+
+    def _refuse_links(self) -> None:
+        """An unpacked run of somebody else's could have links where files are written, to files that are not its own.
+
+        Folders may lie elsewhere: checkpoints on a large disk, by a link, are usual.
+
+        Raises:
+            OutputError: there is one.
+        """
+        for folder in (self.root, self.panels, self.root / "log"):
+            for path in folder.iterdir():
+                if path.is_symlink() and not path.is_dir():
+                    raise OutputError(f"{path} is a link; a run writes its own files", "replace it by what it means")
 
     def _end_other_lives(self) -> None:
         """Delete what killed saves and deletions left; renamed first, as a name vanishes at one instant."""

@@ -25,7 +25,8 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resumed: int, key: str = "step") -> None:
-        kept = [row for row in read_metrics(path) if row[key] <= resumed] if path.exists() else []
+        rows = read_metrics(path) if path.exists() else []
+        kept = [row for row in rows if isinstance(row.get(key), int) and row[key] <= resumed]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
 
