@@ -11,7 +11,7 @@ ifeq ($(DS_ACCELERATOR),)
 unexport DS_ACCELERATOR
 endif
 
-.PHONY: setup pretrain test check clean
+.PHONY: setup pretrain test test-faults check clean
 
 setup: .venv/installed
 
@@ -33,6 +33,14 @@ pretrain: setup
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# What takes too long for every change: real kills at every step, a chain of fifty, a crash after every file operation
+# of a save, cut networks. Under an hour; docs/resume.md says what it printed.
+test-faults: .venv/installed-dev
+	$(BIN)/python -m pytest -q -m sweep tests $(ARGS)
+	$(BIN)/python benchmarks/crashes.py
+	$(BIN)/python benchmarks/kills.py every-step
+	$(BIN)/python benchmarks/kills.py chain
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
