@@ -57,7 +57,7 @@ class Course:
         """Of launch/pretrain.py; writes the shards of a short epoch when they aren't there."""
         steps = [f"optim.total_steps={self.total_steps}", f"checkpoint.every_steps={self.save_every}"]
         # A rank that is killed before it joins leaves the other waiting so long.
-        data = [f"data.shards_dir={self.shards}", "cluster.timeout_s=30"]
+        data = [f"data.shards_dir={self.shards}", "cluster.timeout_s=60"]
         if self.epoch:
             folder = self.shards / f"epoch-of-{self.epoch}"
             if not folder.exists():
