@@ -60,14 +60,12 @@ class Accounting:
         """
         if account:
             size = self.order.sources[account.source].num_samples
-            error = DataError(
+            raise DataError(
                 f"{account.quarantined} of {size:,} training samples{self._of_source(account)} are in quarantine in "
                 f"epoch {account.number}, more than data.max_quarantined_share "
                 f"{self.config.data.max_quarantined_share:.3%} allows; they are listed in RUN/quarantine.jsonl",
                 "swinv2-scale shards verify finds all that are damaged; replace those shards, or allow more",
-            )
-            error.is_shared = True
-            raise error
+            ).shared()
 
     def _closed(self, ledger: Ledger, position: int) -> Ledger:
         """Epochs that are over are checked against the manifest and closed."""

@@ -176,21 +176,17 @@ class Report:
     def error(self, config: AnomaliesConfig, rewinds: int) -> DivergedError:
         """Why the run stops, for all ranks to raise."""
         if self.anomaly.is_spike and config.policy == "stop":
-            error = DivergedError(
+            return DivergedError(
                 f"{self.happened(config)}; anomalies.policy is stop, the update was refused",
                 "its samples are listed in RUN/anomalies.jsonl; the same command goes on from the last checkpoint, "
                 "with anomalies.policy=skip without these samples, with =warn with them",
-            )
-        else:
-            error = DivergedError(
-                f"{self.happened(config)}; {self.refused_in_a_row} updates in a row were refused, after {rewinds} "
-                f"rewinds (anomalies.max_skipped_steps is {config.max_skipped_steps}, max_rewinds "
-                f"{config.max_rewinds})",
-                "lower optim.lr or optim.clip_grad_norm and start the same command again: it goes on from the last "
-                "checkpoint, whose weights are finite; RUN/anomalies.jsonl lists the samples and where it began",
-            )
-        error.is_shared = True
-        return error
+            ).shared()
+        return DivergedError(
+            f"{self.happened(config)}; {self.refused_in_a_row} updates in a row were refused, after {rewinds} "
+            f"rewinds (anomalies.max_skipped_steps is {config.max_skipped_steps}, max_rewinds {config.max_rewinds})",
+            "lower optim.lr or optim.clip_grad_norm and start the same command again: it goes on from the last "
+            "checkpoint, whose weights are finite; RUN/anomalies.jsonl lists the samples and where it began",
+        ).shared()
 
     def row(self) -> dict[str, Any]:
         """For RUN/anomalies.jsonl."""
