@@ -14,7 +14,7 @@ import pytest
 
 from swinv2_scale.data.shards.writer import RawSample, write_shards
 from swinv2_scale.engine.checkpoint import open_run_or_checkpoint
-from swinv2_scale.engine.consolidate import MasterWeights
+from swinv2_scale.engine.consolidate import SavedTensors
 from tests.support.processes import Finished, Job, start_pretrain
 from tests.support.small_run import LIGHT, metrics, write_config
 
@@ -76,7 +76,7 @@ def anomalies(folder: Path) -> list[dict[str, Any]]:
 
 
 def masters(folder: Path, step: int) -> dict[str, bytes]:
-    weights = MasterWeights(open_run_or_checkpoint(folder / "run" / "checkpoints" / f"step-{step:08d}"))
+    weights = SavedTensors(open_run_or_checkpoint(folder / "run" / "checkpoints" / f"step-{step:08d}"))
     return {name: weights.tensor(name).numpy().tobytes() for name in weights.shapes}
 
 
