@@ -73,7 +73,7 @@ def measure_saves(model: str, rounds: int, folder: Path) -> None:
     batch = next(open_inputs(config).training(task, 0, 1))
 
     def step() -> None:
-        train_step(engine, task, [batch], 1e-4)
+        train_step(engine, task, [batch], 1e-4, lambda loss, grad_norm: True)
 
     step()
     savers = {

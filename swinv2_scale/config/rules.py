@@ -41,11 +41,11 @@ _RESUME_POLICY: dict[str, ResumePolicy] = {
     "engine.zero_stage": "warn",  # the masters and moments are the same, cut elsewhere; the order of additions changes
     "engine.activation_checkpointing": "free",
     "engine.overlap_comm": "free",
-    "engine.max_skipped_steps": "free",
     "engine.reduce_bucket_elements": "warn",
     "engine.prefetch_bucket_elements": "free",
     "engine.param_persistence_elements": "free",
     "engine.max_live_elements": "free",
+    "anomalies": "warn",  # which updates are taken from here on
     "init_from": "free",  # a run with a checkpoint doesn't read it
     "checkpoint": "free",
     "evaluation": "free",

@@ -130,10 +130,32 @@ class EngineConfig(Section):
     #: ZeRO-3: parameters smaller than this stay on every rank.
     param_persistence_elements: NonNegativeInt = 100_000
     max_live_elements: NonNegativeInt = 1_000_000_000
-    #: So many updates in a row may be skipped for a non-finite loss or gradient before the job stops with 70.
-    max_skipped_steps: NonNegativeInt = 10
     #: Other DeepSpeed settings, for experts; checked key by key, and none that this file already has a key for.
     deepspeed_overrides: dict[str, Any] = Field(default_factory=dict)
+
+
+class AnomaliesConfig(Section):
+    """Losses and gradients that are not finite, or far above what they were; all of them go to RUN/anomalies.jsonl.
+
+    An update that isn't finite is never taken. A spike is one of a loss or a gradient norm that is finite.
+    """
+
+    #: What a spike leads to. ``warn``: say so, take the update. ``skip``: leave the batch out, every weight stays as it
+    #: was. ``rewind``: go back to the last checkpoint and leave out all samples since. ``stop``: end the job with 70.
+    policy: Literal["warn", "skip", "rewind", "stop"] = "warn"
+    #: A loss is a spike so many standard deviations above its running mean (the deviation counts as 1 % of the mean at
+    #: least). Losses of batches are nearly normal: 8 is beyond chance, and spikes of divergence are hundreds.
+    loss_z: PositiveFloat = 8.0
+    #: A gradient norm is a spike so many times above its running mean. Norms are skewed, a few times is usual.
+    grad_norm_factor: Annotated[float, Field(gt=1)] = 20.0
+    #: So many updates make the means before spikes are looked for.
+    warmup_steps: PositiveInt = 100
+    #: The running means forget as plain ones over so many updates would.
+    window_steps: Annotated[int, Field(ge=2)] = 100
+    #: So many updates in a row may be refused, for whatever reason; one more leads to a rewind.
+    max_skipped_steps: NonNegativeInt = 10
+    #: So many rewinds may be in a run; what would be one more stops the job with 70.
+    max_rewinds: NonNegativeInt = 2
 
 
 class CheckpointConfig(Section):
@@ -167,6 +189,8 @@ class LoggingConfig(Section):
     #: 0: only at the end.
     panel_every_steps: NonNegativeInt = 1000
     panel_images: PositiveInt = 8
+    #: The largest output of every block goes into the metrics (the paper's fig. 2); 0: only when something is wrong.
+    amplitudes_every_steps: NonNegativeInt = 1000
 
 
 class ClusterConfig(Section):
@@ -189,6 +213,7 @@ class RunConfig(Section):
     task: SimMIMConfig
     optim: OptimConfig
     engine: EngineConfig = EngineConfig()
+    anomalies: AnomaliesConfig = AnomaliesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -38,6 +38,7 @@ class EpochAccount:
     quarantined: int = 0
     index_sum: int = 0
     square_sum: int = 0
+    skipped: int = 0  # left out by a rewind
 
 
 def tally(places: Iterable[tuple[Place, bool]], epochs: Sequence[Epoch]) -> NDArray[np.int64]:
@@ -66,8 +67,8 @@ class Ledger:
 
     accounts: tuple[EpochAccount, ...] = ()
 
-    def with_step(self, epochs: Sequence[Epoch], counts: Sequence[Sequence[int]]) -> Ledger:
-        """The tally of one step, summed over all ranks, added."""
+    def with_step(self, epochs: Sequence[Epoch], counts: Sequence[Sequence[int]], are_skipped: bool = False) -> Ledger:
+        """The tally of one step, or of samples that a rewind leaves out, summed over all ranks, added."""
         known = {(account.source, account.number): account for account in self.accounts}
         for epoch, (consumed, quarantined, index_sum, square_sum) in zip(epochs, counts, strict=True):
             if consumed or quarantined:
@@ -75,10 +76,11 @@ class Ledger:
                 old = known.get(key, EpochAccount(*key))
                 known[key] = EpochAccount(
                     *key,
-                    old.consumed + consumed,
+                    old.consumed + (0 if are_skipped else consumed),
                     old.quarantined + quarantined,
                     (old.index_sum + index_sum) % _MODULUS,
                     (old.square_sum + square_sum) % _MODULUS,
+                    old.skipped + (consumed if are_skipped else 0),
                 )
         return Ledger(tuple(known[key] for key in sorted(known)))
 
@@ -94,7 +96,7 @@ class Ledger:
             if not order.is_over(Epoch(account.source, account.number, size), position):
                 still.append(account)
                 continue
-            found = (account.consumed + account.quarantined, account.index_sum, account.square_sum)
+            found = (account.consumed + account.quarantined + account.skipped, account.index_sum, account.square_sum)
             # The count, the sum and the sum of squares of 0 .. size-1.
             sums = (size * (size - 1) // 2, (size - 1) * size * (2 * size - 1) // 6)
             wanted = (size, *(value % _MODULUS for value in sums))

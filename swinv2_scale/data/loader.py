@@ -7,7 +7,7 @@ import hashlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,12 +39,14 @@ class Batch:
         digest: of (position, sample id), to be summed over the batches of a step.
         tally: int64 (epochs of the step, 4), see ledger.py; to be summed likewise.
         quarantined: samples that others stand in for.
+        keys: the ids of the samples (Record.id), those that stand in included.
     """
 
     arrays: dict[str, Tensor]
     digest: int
     tally: Tensor = field(default_factory=lambda: torch.zeros((0, NUM_COLUMNS), dtype=torch.int64))
     quarantined: tuple[Quarantined, ...] = ()
+    keys: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -58,7 +60,7 @@ class Batch:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         arrays = {name: move(tensor) for name, tensor in self.arrays.items()}
-        return Batch(arrays, self.digest, self.tally, self.quarantined)
+        return replace(self, arrays=arrays)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Item:
     sample: Sample
     digest: int
     quarantined: Quarantined | None
+    key: str
 
 
 @dataclass
@@ -95,7 +98,7 @@ class PositionDataset(Dataset[Any]):
                 # As a substitute a sample has other random numbers than as itself.
                 use = f" for {position}" if attempt else ""
                 sample = self.make_sample(record, Draw(self.order.seed, epoch, record.id + use))
-                return Item(position, place, sample, sample_digest(position, record.id), lost)
+                return Item(position, place, sample, sample_digest(position, record.id), lost, record.id)
             except SampleError as error:
                 if not self.skip_damaged:
                     return _with_leave(error)
@@ -270,6 +273,7 @@ class _Collate:
             arrays={name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]},
             digest=sum(item.digest for item in good),
             quarantined=tuple(item.quarantined for item in good if item.quarantined),
+            keys=tuple(item.key for item in good),
         )
         if self.share:
             assert batch.num_bytes <= len(good) * self.share.sample_bytes, "a task's sample_bytes is too small"

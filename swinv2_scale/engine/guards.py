@@ -1,16 +1,20 @@
-"""A non-finite loss or gradient never reaches the weights, at any ZeRO stage.
+"""An update that must not be reaches no weight, no moment and no average, on no rank, at any ZeRO stage.
 
-DeepSpeed 0.19.8 skips such an update without a word at stages 1 to 3, and takes it at stage 0 in float32.
+DeepSpeed 0.19.8 skips a non-finite gradient without a word at most stages, and takes it at stage 0 in float32; a finite
+one it always takes. Our AdamW asks at the last moment, when the norm of the whole gradient is known.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from swinv2_scale.engine.zero import adamw
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Update:
     """What became of an update, the same on every rank."""
 
     is_applied: bool
-    grad_norm: float  # global, before clipping; NaN where it wasn't applied
+    grad_norm: float  # global, before clipping; NaN where it wasn't finite
 
 
 def spoil_gradient_if_not_finite(loss: Tensor) -> Tensor:
@@ -30,33 +34,31 @@ def spoil_gradient_if_not_finite(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
-def guarded_update(engine: Any) -> Update:
-    """``engine.step()`` at the accumulation boundary; leaves every weight as it was if the gradient isn't finite."""
-    if isinstance(engine.optimizer, torch.optim.Optimizer):
-        return _guarded_plain_update(engine)
-    engine.step()
-    if not engine.was_step_applied():
-        return Update(False, math.nan)
-    return Update(True, float(engine.get_global_grad_norm()))
+def guarded_update(engine: Any, may_step: Callable[[float], bool]) -> Update:
+    """``engine.step()`` at the accumulation boundary; leaves all as it was if the update must not be.
 
-
-def _guarded_plain_update(engine: Any) -> Update:
-    """Stage 0 in float32: DeepSpeed hands the gradients to torch's optimizer unchecked.
-
-    They are averaged already, so every rank sees the same ones and comes to the same verdict.
+    Args:
+        may_step: of a finite gradient norm; must say the same on every rank, and whenever it is asked: DeepSpeed steps
+            once for each of its groups.
     """
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    if math.isfinite(norm):
-        engine.step()
-        return Update(True, norm)
-    # The engine has to count the step, the optimizer must not take it (zeros would still decay its moments), and
-    # clipping must not meet the NaN.
-    for gradient in gradients:
-        gradient.zero_()
-    engine.optimizer.step = lambda *_, **__: None
-    try:
-        engine.step()
-    finally:
-        del engine.optimizer.step
-    return Update(False, math.nan)
+    optimizer = adamw(engine)
+    # Stage 0 in float32 clips before our AdamW is asked. The gradients are averaged already: all ranks see the same.
+    plain_norm = _norm(engine.module) if optimizer is engine.optimizer else None
+
+    def grad_norm() -> float:
+        return plain_norm if plain_norm is not None else float(engine.optimizer._global_grad_norm)
+
+    def is_good() -> bool:
+        norm = grad_norm()
+        return math.isfinite(norm) and may_step(norm)
+
+    optimizer.may_step = is_good
+    engine.step()
+    if not engine.was_step_applied():  # DeepSpeed's own verdict; it doesn't know of the gate's
+        return Update(False, math.nan)
+    norm = grad_norm()
+    return Update(is_good(), norm if math.isfinite(norm) else math.nan)
+
+
+def _norm(model: torch.nn.Module) -> float:
+    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))

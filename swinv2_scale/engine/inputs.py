@@ -44,11 +44,17 @@ class Inputs:
             data.train_weights,
         )
 
-    def training(self, task: Task, start_step: int, end_step: int) -> Generator[Batch]:
-        """This rank's micro-batches of the steps from ``start_step`` (counted from 0) up to ``end_step``."""
+    def training(self, task: Task, position: int, num_steps: int) -> Generator[Batch]:
+        """This rank's micro-batches of so many steps, the first of which begins at a position of the order.
+
+        Args:
+            position: a multiple of the global batch size; steps and positions come apart where samples are left out.
+        """
+        first, rest = divmod(position, self.config.data.global_batch_size)
+        assert rest == 0
         dataset = self._dataset(self.train, self.order, task.training_sample)
         share = self._share(task, self.config.data.micro_batch_size, dist.rank(), dist.world_size())
-        return training_batches(dataset, share, start_step, end_step)
+        return training_batches(dataset, share, first, first + num_steps)
 
     def held_back(self, task: Task) -> Iterator[Batch]:
         """This rank's share of the validation samples, the same ones every time."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.data.ledger import Quarantined
-from swinv2_scale.engine import activation_checkpointing, evaluate, random_states, restore, zero
+from swinv2_scale.engine import activation_checkpointing, checkpoint, evaluate, random_states, restore, zero
+from swinv2_scale.engine.accounting import Accounting
+from swinv2_scale.engine.amplitudes import AmplitudeMeter
 from swinv2_scale.engine.deepspeed_config import accumulation_steps, read_back, translate
 from swinv2_scale.engine.deepspeed_import import deepspeed, deepspeed_logger
 from swinv2_scale.engine.inputs import Inputs, open_inputs
@@ -23,13 +26,13 @@ from swinv2_scale.engine.loop import Loop
 from swinv2_scale.engine.optim import build_optimizer
 from swinv2_scale.engine.output import Output
 from swinv2_scale.engine.preemption import StopRequest
-from swinv2_scale.engine.resume import Resume, facts_of, find_checkpoint, plain, versions
+from swinv2_scale.engine.resume import Resume, facts_of, find_checkpoint, plain, read_state, versions
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.saving import Saver
-from swinv2_scale.engine.start import first_values, settle
+from swinv2_scale.engine.start import begin_again, first_values, settle
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.engine.watchdog import Watchdog
-from swinv2_scale.errors import ClusterError, ConfigError, ExitCode
+from swinv2_scale.errors import CheckpointError, ClusterError, ConfigError, ExitCode
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.tasks.simmim import SimMIMTask
 from swinv2_scale.telemetry.console import ProgressLine, log, log_to_file, start_logging
@@ -130,30 +133,34 @@ def _run(
         return ExitCode.DONE
 
     task: Task = task_type(config)
-    batches = inputs.training(task, state.step, last_step)  # starts no worker before the first is asked for
     watchdog.enter("building the model")
     engine = build_engine(config, task, loading, will_load=found is not None)
     if found:
         watchdog.enter("reading the checkpoint")
         restore.load(engine, found, config.data.global_batch_size)
     output = dist.all_agree(
-        lambda: Output(loaded, directory, state.step) if dist.rank() == 0 else None, "opening the run's files"
+        lambda: Output(loaded, directory, state) if dist.rank() == 0 else None, "opening the run's files"
     )
     saver = Saver(engine, directory.checkpoints, directory.staging, config.checkpoint)
+
+    def first() -> Iterator[tuple[str, torch.Tensor]]:
+        return first_values(engine.module, zero.full_shapes(engine.module), config.seed, loading)
+
     progress = ProgressLine(config.optim.total_steps, config.logging.console_every_steps, dist.rank() == 0)
     loop = Loop(
         engine=engine,
         task=task,
         config=config,
         state=state,
-        order=inputs.order,
-        batches=batches,
+        accounting=Accounting(config, inputs.order),
+        open_batches=lambda state: inputs.training(task, state.samples_seen, last_step - state.step),
         num_micro_batches=num_micro_batches,
-        between_steps=_BetweenSteps(engine, task, inputs, saver, output, watchdog),
+        between_steps=_BetweenSteps(engine, task, inputs, saver, output, watchdog, None if found else first),
         progress=progress,
         stop_request=stop_request,
         watchdog=watchdog,
         last_step=last_step,
+        amplitudes=AmplitudeMeter(engine.module),
     )
     if found:
         dist.all_agree(lambda: random_states.restore(found, dist.rank(), dist.world_size()), f"loading {found.path}")
@@ -161,7 +168,6 @@ def _run(
         code = loop.run()
     finally:
         saver.close()
-        batches.close()
         progress.close()
         if output:
             with contextlib.suppress(OSError):  # every row was flushed when it was written
@@ -180,6 +186,7 @@ class _BetweenSteps:
     saver: Saver
     output: Output | None
     watchdog: Watchdog
+    first: Callable[[], Iterator[tuple[str, torch.Tensor]]] | None  # values, of a run that began in this life
 
     @property
     def has_validation(self) -> bool:
@@ -189,7 +196,21 @@ class _BetweenSteps:
         self.watchdog.enter("saving a checkpoint", state.step)
         dist.all_agree(lambda: self.output.sync() if self.output else None, "writing the metrics")
         facts = facts_of(self.inputs.config, self.inputs.train)
-        self.saver.begin(state.step, {**asdict(state), **facts}, validation_loss)
+        self.saver.begin(state.step, {**state.to_json(), **facts}, validation_loss)
+
+    def rewind(self) -> TrainState:
+        self.watchdog.enter("going back to the last checkpoint")
+        found = checkpoint.newest_verified(self.saver.folder)
+        if found:
+            state, _ = dist.on_rank_zero(lambda: read_state(found), f"reading {found.path}")
+            restore.load(self.engine, found, self.inputs.config.data.global_batch_size)
+        elif self.first:
+            state = TrainState()
+            begin_again(self.engine, self.first)
+        else:
+            raise CheckpointError(f"{self.saver.folder} holds no checkpoint any more", "start again")
+        dist.all_agree(lambda: self.output.rewind(state.step) if self.output else None, "rewinding the metrics")
+        return state
 
     def validate(self, step: int) -> float:
         batches = self.watchdog.each(self.inputs.held_back(self.task), "validating", step)
@@ -209,6 +230,14 @@ class _BetweenSteps:
     def write_row(self, row: dict[str, Any]) -> None:
         if self.output:
             self.output.row(row)
+
+    def write_anomaly(self, row: dict[str, Any]) -> None:
+        if self.output:
+            names = dict(zip(self.inputs.train.shard_ids, self.inputs.train.names, strict=True))
+            for batch in row.get("micro_batches", ()):
+                ids = (key.partition("/") for key in batch["keys"])
+                batch["keys"] = [{"shard": names[shard], "key": key} for shard, _, key in ids]
+            self.output.anomaly(row)
 
     def list_quarantined(self, lost: list[Quarantined], step: int) -> None:
         self._list(lost, step, "training")

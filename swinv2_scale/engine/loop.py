@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from swinv2_scale import dist
-from swinv2_scale.config.run import RunConfig, patterns_of
-from swinv2_scale.data.ledger import EpochAccount, Ledger, Quarantined
+from swinv2_scale.config.run import RunConfig
+from swinv2_scale.data.ledger import EpochAccount, Quarantined
 from swinv2_scale.data.loader import Batch
-from swinv2_scale.data.order import Order
+from swinv2_scale.engine.accounting import Accounting
+from swinv2_scale.engine.amplitudes import AmplitudeMeter
+from swinv2_scale.engine.anomalies import Report, action_after, micro_batches_of
 from swinv2_scale.engine.optim import learning_rate
 from swinv2_scale.engine.preemption import StopRequest
 from swinv2_scale.engine.saving import Saver
 from swinv2_scale.engine.step import StepResult, TrainState, train_step
 from swinv2_scale.engine.watchdog import Watchdog
-from swinv2_scale.errors import DataError, DivergedError, ExitCode, OutputError, PeerLostError, ScaleError
+from swinv2_scale.errors import DataError, ExitCode, OutputError, PeerLostError, ScaleError
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import ProgressLine, log
 from swinv2_scale.telemetry.metrics import peak_memory_bytes
@@ -41,6 +43,10 @@ class BetweenSteps(Protocol):
         """Take a snapshot, to be written while training goes on."""
         ...
 
+    def rewind(self) -> TrainState:
+        """Put the last checkpoint, or the run's first values, into the live engine; forget the metrics after it."""
+        ...
+
     def validate(self, step: int) -> float:
         """The validation loss."""
         ...
@@ -57,6 +63,10 @@ class BetweenSteps(Protocol):
         """Write down which samples of a step were replaced; may raise OSError on rank 0."""
         ...
 
+    def write_anomaly(self, row: dict[str, Any]) -> None:
+        """Keep a row about something unusual; may raise OSError on rank 0."""
+        ...
+
 
 @dataclass
 class Loop:
@@ -64,8 +74,8 @@ class Loop:
 
     Args:
         engine: the live DeepSpeed engine.
-        order: of the samples that the batches hold.
-        batches: this rank's micro-batches from ``state`` on.
+        accounting: of the samples that the batches hold.
+        open_batches: this rank's micro-batches from a state on.
         num_micro_batches: how many of them make a step.
         last_step: stop cleanly after this one; the schedule doesn't know about it.
     """
@@ -74,22 +84,25 @@ class Loop:
     task: Task
     config: RunConfig
     state: TrainState
-    order: Order
-    batches: Iterator[Batch]
+    accounting: Accounting
+    open_batches: Callable[[TrainState], Generator[Batch]]
     num_micro_batches: int
     between_steps: BetweenSteps
     progress: ProgressLine
     stop_request: StopRequest
     watchdog: Watchdog
     last_step: int
+    amplitudes: AmplitudeMeter
     #: The latest one, by its step.
     validation_losses: dict[int, float] = field(default_factory=dict)
+    _batches: Generator[Batch] = field(init=False)
 
     def run(self) -> ExitCode:
         """
         Raises:
             ScaleError: on every rank the same one.
         """
+        self._batches = self.open_batches(self.state)
         try:
             return self._run()
         except PeerLostError:
@@ -97,9 +110,11 @@ class Loop:
         except ScaleError:
             self._finish_saving()  # all ranks are here: what was saved before isn't lost
             raise
+        finally:
+            self._batches.close()
 
     def _run(self) -> ExitCode:
-        saved_step = self.state.step
+        saved_step, is_save_due = self.state.step, False
         failure: ScaleError | None = None
         is_steady = False  # the first step starts workers, allocates and compiles
         while self.state.step < self.last_step:
@@ -116,17 +131,25 @@ class Loop:
                 self._finish_saving()
                 return ExitCode.STOPPED
             lr = learning_rate(self.state.step, self.config.optim)
-            result = train_step(self.engine, self.task, batches, lr)
+            self.amplitudes.clear()
+            result = train_step(self.engine, self.task, batches, lr, self._may_step)
             is_steady = True
-            ledger, overdrawn = self._accounted(result)
-            self.state = self.state.advanced(self.config.data.global_batch_size, result.is_applied, ledger)
-            failure = self._finish_step(result, lr, waited, started, batches)
-            self._check_skipped(result)
-            self._check_quarantined(overdrawn)
-            if self.state.step % self.config.checkpoint.every_steps == 0 or self.state.step == self.last_step:
+            overdrawn, report = self._advance(result, batches)
+            failure = self._finish_step(result, lr, waited, started, batches, report)
+            self.accounting.check_quarantined(overdrawn)
+            if report and report.action == "stop":
+                raise report.error(self.config.anomalies, self.state.rewinds)
+            if report and report.action == "rewind":
+                dist.all_agree(partial(_raise_if, failure), "writing the metrics")
+                self._rewind()
+                saved_step, is_save_due, is_steady = self.state.step, False, False
+                continue
+            is_save_due |= self.state.step % self.config.checkpoint.every_steps == 0
+            # While updates are being refused the weights may be what is wrong: a rewind must not lead to them.
+            if (is_save_due and not self.state.skipped_in_a_row) or self.state.step == self.last_step:
                 dist.all_agree(partial(_raise_if, failure), "writing the metrics")
                 self._begin_saving()
-                saved_step = self.state.step
+                saved_step, is_save_due = self.state.step, False
         self._finish_saving()
         return ExitCode.DONE
 
@@ -140,7 +163,7 @@ class Loop:
     def _fetch(self) -> tuple[list[Batch], ScaleError | None]:
         """The micro-batches of one step, or this rank's reason why not; told to the others at the boundary."""
         try:
-            return [next(self.batches) for _ in range(self.num_micro_batches)], None
+            return [next(self._batches) for _ in range(self.num_micro_batches)], None
         except ScaleError as error:
             return [], error
         except RuntimeError as error:
@@ -163,58 +186,68 @@ class Loop:
             log().info("stopping after step %d: %s", self.state.step, name)
         return bool(must_stop)
 
-    def _accounted(self, result: StepResult) -> tuple[Ledger, EpochAccount | None]:
-        """The ledger after a step, and an epoch with more in quarantine than is allowed.
+    def _may_step(self, loss: float, grad_norm: float) -> bool:
+        anomaly = self.state.usual.find(loss, grad_norm, self.config.anomalies)
+        return anomaly is None or not anomaly.is_refused(self.config.anomalies)
 
-        Epochs that are over are checked against the manifest and closed.
-        """
-        first, samples = self.state.samples_seen, self.config.data.global_batch_size
-        ledger = self.state.ledger.with_step(self.order.epochs(first, first + samples), result.tally)
-        overdrawn = ledger.overdrawn(self.order, self.config.data.max_quarantined_share)
-        ledger, over = ledger.closed(self.order, first + samples)
-        for account in over:
-            if self.order.sources[account.source].num_samples >= samples:  # else there would be a line a step
-                log().info(
-                    "epoch %d%s is over: %s samples read + %s in quarantine, as many as the manifest has",
-                    account.number,
-                    self._of_source(account),
-                    f"{account.consumed:,}",
-                    f"{account.quarantined:,}",
-                )
-        return ledger, overdrawn
-
-    def _of_source(self, account: EpochAccount) -> str:
-        return f" of {patterns_of(self.config.data.train)[account.source]}" if len(self.order.sources) > 1 else ""
-
-    def _check_quarantined(self, account: EpochAccount | None) -> None:
-        if account:
-            size = self.order.sources[account.source].num_samples
-            raise DataError(
-                f"{account.quarantined} of {size:,} training samples{self._of_source(account)} are in quarantine in "
-                f"epoch {account.number}, more than data.max_quarantined_share "
-                f"{self.config.data.max_quarantined_share:.3%} allows; they are listed in RUN/quarantine.jsonl",
-                "swinv2-scale shards verify finds all that are damaged; replace those shards, or allow more",
-            ).shared()
-
-    def _check_skipped(self, result: StepResult) -> None:
+    def _advance(self, result: StepResult, batches: list[Batch]) -> tuple[EpochAccount | None, Report | None]:
+        """Take a step into the state; returns an epoch with too much in quarantine, and what was unusual."""
+        config, before = self.config.anomalies, self.state
+        first, samples = before.samples_seen, self.config.data.global_batch_size
+        ledger, overdrawn = self.accounting.after_step(before.ledger, first, result.tally)
+        usual, anomaly = before.usual, before.usual.find(result.loss, result.grad_norm, config)
         if result.is_applied:
-            return
-        log().warning(
-            "step %d: the %s was not finite; the update was skipped, no weight has changed",
-            self.state.step,
-            "gradient" if result.loss == result.loss and abs(result.loss) != float("inf") else "loss",
+            usual = usual.with_update(result.loss, result.grad_norm, config)
+        self.state = before.advanced(samples, result.is_applied, ledger, usual)
+        if anomaly is None:
+            return overdrawn, None
+        own = (result.micro_losses.tolist(), [batch.keys for batch in batches])
+        return overdrawn, Report(
+            anomaly=anomaly,
+            action=action_after(anomaly, self.state.skipped_in_a_row, before.rewinds, config),
+            step=self.state.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            refused_in_a_row=self.state.skipped_in_a_row,
+            samples_seen=self.state.samples_seen,
+            positions=range(first, first + samples),
+            epochs=self.accounting.epochs(first),
+            micro_batches=micro_batches_of(dist.gather(own)),
+            amplitudes=self.amplitudes.read(),
         )
-        limit = self.config.engine.max_skipped_steps
-        if self.state.skipped_in_a_row > limit:
-            raise DivergedError(
-                f"{self.state.skipped_in_a_row} updates in a row were skipped for a non-finite loss or gradient, the "
-                f"last at step {self.state.step} (engine.max_skipped_steps is {limit})",
-                "lower optim.lr or optim.clip_grad_norm, or lengthen optim.warmup_steps, and start again from the last "
-                "checkpoint; weights in it are finite",
-            )
+
+    def _rewind(self) -> None:
+        """Back to the last checkpoint, and on behind the update that led here: the samples between are left out.
+
+        Nothing of this is written down for a next life: one that starts from the same checkpoint comes to the same
+        verdicts at the same steps, and so to the same rewind.
+        """
+        self._finish_saving()  # the last one begun is the one to go back to
+        bad = self.state
+        self._batches.close()
+        saved = self.between_steps.rewind()
+        first, end = saved.samples_seen, bad.samples_seen
+        ledger = self.accounting.after_skipping(saved.ledger, first, end)
+        self.state = replace(saved, samples_seen=end, skipped_in_a_row=0, rewinds=bad.rewinds + 1, ledger=ledger)
+        row = {"step": saved.step, "kind": "rewind", "from_step": bad.step, "to_step": saved.step}
+        row |= {"skipped_positions": [first, end], "rewinds": self.state.rewinds, "samples_seen": end}
+        dist.all_agree(lambda: self.between_steps.write_anomaly(row), "writing the anomalies")
+        log().warning(
+            "went back from step %d to step %d (rewind %d of %d); the %s samples between are left out, step %d goes on "
+            "with the next ones",
+            *(bad.step, saved.step, self.state.rewinds, self.config.anomalies.max_rewinds),
+            *(f"{end - first:,}", saved.step + 1),
+        )
+        self._batches = self.open_batches(self.state)
 
     def _finish_step(
-        self, result: StepResult, lr: float, waited: float, started: float, batches: list[Batch]
+        self,
+        result: StepResult,
+        lr: float,
+        waited: float,
+        started: float,
+        batches: list[Batch],
+        report: Report | None,
     ) -> ScaleError | None:
         """Metrics, validation and panel of a step; returns rank 0's failure to write, to be told at the boundary."""
         step, evaluation, logging = self.state.step, self.config.evaluation, self.config.logging
@@ -233,6 +266,12 @@ class Loop:
         }
         if not result.is_applied:
             row["skipped"] = True
+        if report:
+            row["anomaly"] = report.anomaly.kind
+            log().warning("%s", report.text(self.config.anomalies))
+            log().warning("step %d: largest outputs: %s", step, report.amplitudes)
+        if logging.amplitudes_every_steps and step % logging.amplitudes_every_steps == 0:
+            row["amplitudes"] = self.amplitudes.read().largest
         lost: list[Quarantined] = []
         if num_lost := sum(quarantined for _, quarantined, *_ in result.tally):
             row["quarantined"] = num_lost
@@ -248,6 +287,8 @@ class Loop:
             self.between_steps.write_row(row)
             if lost:
                 self.between_steps.list_quarantined(lost, step)
+            if report:
+                self.between_steps.write_anomaly(report.row())
         except OSError as error:
             failure = OutputError(f"cannot write the metrics of step {step}: {error}", "free some space")
         if self.between_steps.has_validation and _is_due(step, logging.panel_every_steps, is_end):

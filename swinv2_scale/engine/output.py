@@ -13,6 +13,7 @@ from swinv2_scale.config.loader import LoadedConfig, to_yaml
 from swinv2_scale.data.ledger import Quarantined
 from swinv2_scale.engine.resume import versions
 from swinv2_scale.engine.run_dir import RunDirectory
+from swinv2_scale.engine.step import TrainState
 from swinv2_scale.telemetry.metrics import MetricsFile, read_metrics
 from swinv2_scale.telemetry.tensorboard import TensorBoard
 
@@ -21,20 +22,31 @@ class Output:
     """The open files of a run; made by rank 0 alone, while it holds the run directory's lock.
 
     Args:
-        resumed_step: what was written after it belongs to a future that is trained anew.
+        state: what was written after it belongs to a future that is trained anew.
 
     Raises:
         OSError: something can't be written.
     """
 
-    def __init__(self, loaded: LoadedConfig, directory: RunDirectory, resumed_step: int) -> None:
+    def __init__(self, loaded: LoadedConfig, directory: RunDirectory, state: TrainState) -> None:
         directory.write_config(to_yaml(loaded))
-        directory.record_life(from_step=resumed_step, world_size=dist.world_size(), **versions())
-        self._panels = directory.panels
-        self._metrics = MetricsFile(directory.metrics, resumed_step)
-        self._quarantine = MetricsFile(directory.quarantine, resumed_step)
-        self._listed = {_identity(row) for row in read_metrics(directory.quarantine)}
-        self._board = TensorBoard(directory.tensorboard, resumed_step) if loaded.config.logging.tensorboard else None
+        directory.record_life(from_step=state.step, world_size=dist.world_size(), **versions())
+        self._directory = directory
+        self._has_board = loaded.config.logging.tensorboard
+        # By position, which a rewind doesn't turn back: what led to one that a checkpoint knows of stays.
+        self._anomalies = MetricsFile(directory.anomalies, state.samples_seen, key="samples_seen")
+        self._open(state.step)
+
+    def _open(self, step: int) -> None:
+        self._metrics = MetricsFile(self._directory.metrics, step)
+        self._quarantine = MetricsFile(self._directory.quarantine, step)
+        self._listed = {_identity(row) for row in read_metrics(self._directory.quarantine)}
+        self._board = TensorBoard(self._directory.tensorboard, step) if self._has_board else None
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after a step, but for the anomalies."""
+        self._close()
+        self._open(step)
 
     def row(self, row: dict[str, Any]) -> None:
         """One step's metrics."""
@@ -55,9 +67,13 @@ class Output:
             self._listed.add(_identity(row))
         return len(new)
 
+    def anomaly(self, row: dict[str, Any]) -> None:
+        """One row about something unusual."""
+        self._anomalies.write(row)
+
     def panel(self, image: Image, step: int) -> None:
         """One step's picture."""
-        image.save(self._panels / f"step-{step:08d}.png")
+        image.save(self._directory.panels / f"step-{step:08d}.png")
         if self._board:
             self._board.image("panel", image, step)
 
@@ -65,8 +81,13 @@ class Output:
         """Before a checkpoint says that the steps so far exist."""
         self._metrics.sync()
         self._quarantine.sync()
+        self._anomalies.sync()
 
     def close(self) -> None:
+        self._anomalies.close()
+        self._close()
+
+    def _close(self) -> None:
         self._metrics.close()
         self._quarantine.close()
         if self._board:

@@ -15,7 +15,6 @@ from swinv2_scale.config.loader import LoadedConfig, flatten
 from swinv2_scale.config.rules import changes
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.source import as_tuples
-from swinv2_scale.data.ledger import EpochAccount, Ledger
 from swinv2_scale.data.shards.shard_set import ShardSet
 from swinv2_scale.engine import checkpoint
 from swinv2_scale.engine.checkpoint import Checkpoint
@@ -75,14 +74,12 @@ def read_state(found: Checkpoint) -> tuple[TrainState, dict[str, Any]]:
     """
     data = checkpoint.read_state(found)
     try:
-        step, samples_seen, skipped = (data.pop(key) for key in ("step", "samples_seen", "skipped_in_a_row"))
-        accounts = tuple(EpochAccount(**account) for account in data.pop("ledger")["accounts"])
+        return TrainState.from_json(data), data
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{found.path} was made by another version: its state doesn't fit ({error!r})",
             "finish that run with the version that began it, or choose another --run-dir",
         ) from error
-    return TrainState(step, samples_seen, skipped, Ledger(accounts)), data
 
 
 def facts_of(config: RunConfig, train: ShardSet) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def is_run_or_checkpoint(path: Path) -> bool:
 
 @dataclass
 class RunDirectory:
-    """``RUN/``: config.yaml, {metrics, quarantine, lives}.jsonl, tensorboard/, panels/, checkpoints/, log/."""
+    """``RUN/``: config.yaml, {metrics,quarantine,anomalies,lives}.jsonl, tensorboard/, panels/, checkpoints/, log/."""
 
     root: Path
     #: Of the life that open() began; rank 0 tells the others.
@@ -53,6 +53,10 @@ class RunDirectory:
     @property
     def quarantine(self) -> Path:
         return self.root / "quarantine.jsonl"
+
+    @property
+    def anomalies(self) -> Path:
+        return self.root / "anomalies.jsonl"
 
     @property
     def tensorboard(self) -> Path:

@@ -66,7 +66,7 @@ class Saver:
 
     def __init__(self, engine: Any, folder: Path, staging: Path, policy: CheckpointConfig) -> None:
         self._engine = engine
-        self._folder = folder
+        self.folder = folder
         self._staging = staging
         self._policy = policy
         self._snapshots = _Snapshots()
@@ -109,7 +109,7 @@ class Saver:
             files.append((STATE, lambda file: file.write(text)))
         stalled = time.perf_counter() - begun
         future = self._executor.submit(self._write, part, files)
-        self._save = _Save(step, part, self._folder / name, validation_loss, begun, stalled, future)
+        self._save = _Save(step, part, self.folder / name, validation_loss, begun, stalled, future)
         if not self._policy.asynchronous:
             self.finish()
 
@@ -163,7 +163,7 @@ class Saver:
             part.mkdir(exist_ok=True)
         except FileNotFoundError as error:
             raise OutputError(
-                f"{self._folder.parent} was taken over by a later job: {self._staging.name} is gone",
+                f"{self.folder.parent} was taken over by a later job: {self._staging.name} is gone",
                 "let that job go on (RUN/lives.jsonl names it), or stop it and start this one again",
             ) from error
         return [self._write_file(part / name, write) for name, write in files]
@@ -186,10 +186,10 @@ class Saver:
         if save.target.exists():  # a damaged one of this step, from a life before a fall-back
             save.target.rename(self._staging / f"old-{save.target.name}")
         save.part.rename(save.target)
-        sync_folder(self._folder)
+        sync_folder(self.folder)
         shutil.rmtree(self._staging / f"old-{save.target.name}", ignore_errors=True)
         self._whole.add(save.target)  # hashed on its way to the disk; the ones before are read back now
-        retention.prune(self._folder, save.step, self._policy, self._is_whole)
+        retention.prune(self.folder, save.step, self._policy, self._is_whole)
         self._whole.discard(save.target)
 
     def _is_whole(self, checkpoint: Checkpoint) -> bool:

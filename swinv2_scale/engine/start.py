@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,3 +112,16 @@ def first_values(
     if loading is not None:
         for name, value in loading.values():
             yield name, value.float()
+
+
+@torch.no_grad()
+def begin_again(engine: Any, values: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+    """Give a live engine its first values back; moments and averages are those of a fresh one. Called by all ranks.
+
+    Args:
+        values: (name, whole float32 value) of every parameter, each time it is called.
+    """
+    zero.assign(engine.module, values())
+    if zero.adamw(engine) is not engine.optimizer:
+        zero.assign_masters(engine, values())
+    zero.adamw(engine).state.clear()

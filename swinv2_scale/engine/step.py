@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swinv2_scale import dist
-from swinv2_scale.data.ledger import Ledger
+from swinv2_scale.data.ledger import EpochAccount, Ledger
 from swinv2_scale.data.loader import Batch
+from swinv2_scale.engine.anomalies import Usual
 from swinv2_scale.engine.guards import Update, guarded_update, spoil_gradient_if_not_finite
 from swinv2_scale.tasks.base import Task
 
@@ -20,57 +22,81 @@ class TrainState:
     """Where a training is. Everything else follows from it: position in the data, learning rate, every random draw."""
 
     step: int = 0  # updates so far, skipped ones included
-    samples_seen: int = 0
+    samples_seen: int = 0  # the position in the data, ahead of step x batch by the samples that rewinds left out
     skipped_in_a_row: int = 0
+    rewinds: int = 0
     ledger: Ledger = field(default_factory=Ledger)
+    usual: Usual = field(default_factory=Usual)
 
-    def advanced(self, samples: int, is_applied: bool, ledger: Ledger) -> TrainState:
+    def advanced(self, samples: int, is_applied: bool, ledger: Ledger, usual: Usual) -> TrainState:
         return replace(
             self,
             step=self.step + 1,
             samples_seen=self.samples_seen + samples,
             skipped_in_a_row=0 if is_applied else self.skipped_in_a_row + 1,
             ledger=ledger,
+            usual=usual,
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TrainState:
+        """What to_json() gave, equal to the bit; other keys of ``data`` are left alone.
+
+        Raises:
+            KeyError, TypeError: it was written by another version.
+        """
+        plain = {key: data[key] for key in ("step", "samples_seen", "skipped_in_a_row", "rewinds")}
+        accounts = tuple(EpochAccount(**account) for account in data["ledger"]["accounts"])
+        return cls(**plain, ledger=Ledger(accounts), usual=Usual.from_json(data["usual"]))
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, the same on every rank."""
+    """What a step did, the same on every rank but for the losses."""
 
     loss: float
     grad_norm: float
     is_applied: bool
     data_digest: str
     tally: list[list[int]]  # of the step's epochs, see data/ledger.py
+    micro_losses: Tensor  # of this rank's micro-batches
 
 
-def train_step(engine: Any, task: Task, batches: list[Batch], lr: float) -> StepResult:
+def train_step(
+    engine: Any, task: Task, batches: list[Batch], lr: float, may_step: Callable[[float, float], bool]
+) -> StepResult:
     """Forward and backward over one rank's micro-batches, then one update by all ranks.
 
     Args:
         engine: the live DeepSpeed engine.
         batches: the micro-batches of this rank, as many as DeepSpeed accumulates.
+        may_step: whether an update of this loss and this finite gradient norm may be; a pure function.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     losses: list[Tensor] = []
     for number, batch in enumerate(batches, 1):
-        loss = task.loss(engine, batch.to(engine.device))
-        losses.append(loss.detach())
-        engine.backward(spoil_gradient_if_not_finite(loss))
+        micro_loss = task.loss(engine, batch.to(engine.device))
+        losses.append(micro_loss.detach())
+        engine.backward(spoil_gradient_if_not_finite(micro_loss))
         if number < len(batches):
             engine.step()
-    update: Update = guarded_update(engine)
-    mean = torch.stack(losses).double().mean()
-    loss_sum = dist.sum_over_ranks(mean).item()
+    micro_losses = torch.stack(losses)
+    # Before the update: it must not be if the loss is a spike.
+    loss = dist.sum_over_ranks(micro_losses.double().mean()).item() / dist.world_size()
+    update: Update = guarded_update(engine, lambda grad_norm: may_step(loss, grad_norm))
     digest = torch.tensor([sum(batch.digest for batch in batches)], dtype=torch.int64)
     tally = torch.stack([batch.tally for batch in batches]).sum(0)
     counts = dist.sum_over_ranks(torch.cat((digest, tally.flatten())).to(engine.device)).cpu()
     return StepResult(
-        loss=loss_sum / dist.world_size(),
+        loss=loss,
         grad_norm=update.grad_norm,
         is_applied=update.is_applied,
         data_digest=f"{int(counts[0]):016x}",
         tally=counts[1:].view_as(tally).tolist(),
+        micro_losses=micro_losses,
     )

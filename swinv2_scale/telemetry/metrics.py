@@ -17,21 +17,21 @@ class MetricsFile:
     """Appends one JSON object a step.
 
     Args:
-        path: the file; rows past ``resumed_step`` belong to a future that is trained anew, and are dropped.
+        path: the file; rows past ``resumed`` belong to a future that is trained anew, and are dropped.
+        key: what ``resumed`` counts.
 
     Raises:
         OSError: the file can't be written.
     """
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= resumed_step] if path.exists() else []
+    def __init__(self, path: Path, resumed: int, key: str = "step") -> None:
+        kept = [row for row in read_metrics(path) if row[key] <= resumed] if path.exists() else []
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; numbers that JSON has no word for become null."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        self._file.write(json.dumps(_clean(row)) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -53,6 +53,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_memory_bytes(device: torch.device) -> int:

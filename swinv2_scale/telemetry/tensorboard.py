@@ -33,6 +33,8 @@ class TensorBoard:
         for key, tag in _SCALARS.items():
             if row.get(key) is not None:
                 self._writer.add_scalar(tag, row[key], row["step"])
+        for place, largest in row.get("amplitudes", {}).items():
+            self._writer.add_scalar(f"amplitude/{place}", largest, row["step"])
 
     def image(self, tag: str, image: Image, step: int) -> None:
         self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")

@@ -9,8 +9,10 @@ import pytest
 from tests.support.processes import REPOSITORY, pretrain, run_worker
 from tests.support.small_run import metrics, write_config
 
-#: The giant stage with only width, heads and batch overridden, and where its photographs come from.
+#: The giant stage with only width, heads, batch and the third stage's depth overridden, and where its photographs come
+#: from. Seven blocks are one past the extra norm; test_first_values.py builds all 42, which take minutes to train.
 GIANT = [
+    "model.depths=[2,2,7,4]",
     "model.embed_dim=16",
     "model.num_heads=[1,2,4,8]",
     "data.global_batch_size=2",
@@ -59,10 +61,10 @@ def test_the_giant_stage_equals_eager_attention_without_checkpointing(
     # A small bound makes `sequential` split tiles, heads and rows, as it does at full size.
     split = ["model.attention.max_score_bytes=100000"]
     plain, stage = compare(giant, [[*exact, *eager], [*exact, *split]])
-    # Float32 throughout; only the order of additions differs, over 50 blocks.
+    # Float32 throughout; only the order of additions differs, over 15 blocks.
     assert stage["losses"] == pytest.approx(plain["losses"], rel=1e-6)
     assert max(stage["differences"]) < 1e-3
-    assert stage["count"] == plain["count"] > 700
+    assert stage["count"] == plain["count"] > 250
 
 
 def test_the_giant_stage_launches_and_trains(giant: Path, tmp_path: Path) -> None:

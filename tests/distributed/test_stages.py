@@ -22,9 +22,17 @@ STAGES = [
 #: What one process runs too: the stage without sharding and the one with most of it.
 ALONE = ["0 fp32", "0 bf16", "3 fp32", "3 bf16"]
 
+#: Half the work of a step; micro-batches are still added up, and layers sharded, gathered and kept whole.
+SMALLER = {
+    "depths: [2, 2]": "depths: [1, 1]",
+    "micro_batch_size: 4": "micro_batch_size: 2",
+    "global_batch_size: 16": "global_batch_size: 8",
+    "{backend: torch}": "{backend: none}",
+}
+
 
 def results(folder: Path, shards: Path, processes: int, cases: list[str]) -> dict[str, Any]:
-    config = write_config(folder, shards)
+    config = write_config(folder, shards, **SMALLER)
     output = run_worker("stages.py", config, folder / "checkpoints", *cases, processes=processes).output
     line = next(line for line in output.splitlines() if line.startswith("RESULT "))
     parsed: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
@@ -67,6 +75,29 @@ def test_a_poisoned_rank_changes_no_weight_on_any(
         assert found[stage][poison] is False
         assert found[stage]["unchanged"]
         assert all(is_applied for _, _, is_applied in found[stage]["losses"])  # and training goes on after it
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_update_refused_at_the_last_moment_changes_no_weight_and_no_moment(
+    one: dict[str, Any], two: dict[str, Any], stage: str
+) -> None:
+    for found in (one, two) if stage in ALONE else (two,):
+        assert found[stage]["refused"] is False
+        assert found[stage]["unchanged by a refused one"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rewind_of_the_live_engine_gives_the_same_bits(one: dict[str, Any], two: dict[str, Any], stage: str) -> None:
+    for found in (one, two) if stage in ALONE else (two,):
+        assert found[stage]["rewound"] == found[stage]["losses"][1:]
+        assert found[stage]["same end after a rewind"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_live_engine_that_begins_again_is_a_fresh_one(one: dict[str, Any], two: dict[str, Any], stage: str) -> None:
+    for found in (one, two) if stage in ALONE else (two,):
+        assert found[stage]["begun again"] == [found[stage]["initial"], found[stage]["initial masters"]]
+        assert found[stage]["same first step"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -22,7 +22,8 @@ from swinv2_scale.engine.deepspeed_import import deepspeed
 from swinv2_scale.engine.inputs import open_inputs
 from swinv2_scale.engine.job import build_engine
 from swinv2_scale.engine.saving import Saver
-from swinv2_scale.engine.step import train_step
+from swinv2_scale.engine.start import begin_again, first_values
+from swinv2_scale.engine.step import StepResult, train_step
 from swinv2_scale.tasks.simmim import SimMIMTask
 
 
@@ -79,6 +80,23 @@ def publish(engine: Any, folder: Path, step: int) -> Path:
     return folder / checkpoint.name_of(step)
 
 
+def moment_digest(engine: Any) -> str:
+    """Of what this rank's AdamW remembers."""
+    sha = hashlib.sha256()
+    for _, state in zero.adamw(engine).state.items():
+        for _, tensor in sorted(state.items()):
+            sha.update(tensor.float().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def digests(engine: Any) -> tuple[str, str, str]:
+    return digest(engine), master_digest(engine), moment_digest(engine)
+
+
+def train(engine: Any, task: SimMIMTask, batches: list[Batch], may_step: bool = True) -> StepResult:
+    return train_step(engine, task, batches, 1e-3, lambda loss, grad_norm: may_step)
+
+
 def main(path: str, scratch: str, *cases: str) -> None:
     results = {}
     dist.start(120)
@@ -98,27 +116,40 @@ def check(path: str, scratch: Path, stage: int, precision: str) -> dict[str, Any
     result: dict[str, Any] = {"initial": digest(engine), "initial masters": master_digest(engine)}
     inputs = open_inputs(config)
     steps = micro_batches(config, inputs.training(task, 0, 6))
-    losses = [train_step(engine, task, next(steps), 1e-3)]
-    before = digest(engine), master_digest(engine)
+    first = next(steps)
+    losses = [train(engine, task, first)]
+    before = digests(engine)
     poisons = ("nan loss", "infinite loss", "gradient")
     for task.poison in poisons:
-        result[task.poison] = train_step(engine, task, next(steps), 1e-3).is_applied
-    result["unchanged"] = before == (digest(engine), master_digest(engine))
+        result[task.poison] = train(engine, task, next(steps)).is_applied
+    result["unchanged"] = before == digests(engine)
     task.poison = ""
+    result["refused"] = train(engine, task, first, may_step=False).is_applied
+    result["unchanged by a refused one"] = before == digests(engine)
     folder = scratch / f"{stage}-{precision}"
     result["published masters"] = master_digest(engine)
     result["checkpoint"] = str(publish(engine, folder, 4))
-    losses += [train_step(engine, task, next(steps), 1e-3) for _ in range(2)]
+    rest = [next(steps) for _ in range(2)]
+    losses += [train(engine, task, batches) for batches in rest]
     result["losses"] = [(step.loss, step.grad_norm, step.is_applied) for step in losses]
 
     resumed = build_engine(config, task)
     found = checkpoint.newest_verified(folder)
     assert found is not None
     restore.load(resumed, found, config.data.global_batch_size)
-    steps = micro_batches(config, inputs.training(task, 4, 6))
-    again = [train_step(resumed, task, next(steps), 1e-3) for _ in range(2)]
+    steps = micro_batches(config, inputs.training(task, 4 * config.data.global_batch_size, 2))
+    again = [train(resumed, task, next(steps)) for _ in range(2)]
     result["resumed"] = [(step.loss, step.grad_norm, step.is_applied) for step in again]
-    result["same end"] = (digest(engine), master_digest(engine)) == (digest(resumed), master_digest(resumed))
+    end = digests(engine)
+    result["same end"] = end[:2] == digests(resumed)[:2]
+
+    restore.load(engine, found, config.data.global_batch_size)  # into the live engine, as a rewind does
+    again = [train(engine, task, batches) for batches in rest]
+    result["rewound"] = [(step.loss, step.grad_norm, step.is_applied) for step in again]
+    result["same end after a rewind"] = end == digests(engine)
+    begin_again(engine, lambda: first_values(engine.module, zero.full_shapes(engine.module), config.seed, None))
+    result["begun again"] = [digest(engine), master_digest(engine)]
+    result["same first step"] = (train(engine, task, first).loss, digests(engine)) == (losses[0].loss, before)
     result["unsafe globals"] = sorted(
         {
             name

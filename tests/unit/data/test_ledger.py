@@ -71,6 +71,26 @@ def test_a_closed_epoch_tells_how_many_were_read_and_how_many_lost() -> None:
     assert rest == Ledger()
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from([ORDER, SINGLE]), st.integers(1, 11), st.integers(0, 5), st.integers(1, 9))
+def test_samples_left_out_by_a_rewind_are_counted_and_epochs_close_exactly(
+    order: Order, batch: int, saved: int, skipped: int
+) -> None:
+    ledger = after(order, batch, saved)
+    before = {(a.source, a.number): a for a in ledger.accounts}
+    first, end = saved * batch, (saved + skipped) * batch
+    epochs = order.epochs(first, end)
+    # As two ranks count them, and their sums wrap.
+    counts = sum(tally(((order.locate(p), False) for p in range(first + rank, end, 2)), epochs) for rank in (0, 1))
+    assert not isinstance(counts, int)
+    ledger, over = ledger.with_step(epochs, counts.tolist(), are_skipped=True).closed(order, end)
+    places = [order.locate(position) for position in range(first, end)]
+    for account in [*ledger.accounts, *over]:
+        key = (account.source, account.number)
+        assert account.skipped == sum((place.source, place.epoch) == key for place in places)
+        assert account.consumed == (before[key].consumed if key in before else 0)
+
+
 def test_sums_beyond_64_bits_wrap_alike_on_both_sides() -> None:
     huge = Order.of((5_000_000_000,), 0, False, 1)
     size = huge.num_samples

@@ -43,3 +43,21 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     file.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
     file.close()
     assert read_metrics(path) == [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.5}]
+
+
+def test_numbers_inside_lists_and_mappings_are_null_too(tmp_path: Path) -> None:
+    path = tmp_path / "anomalies.jsonl"
+    file = MetricsFile(path, 0)
+    file.write({"step": 1, "amplitudes": {"block": math.inf, "other": 1.5}, "losses": [0.5, (math.nan,)]})
+    file.close()
+    assert read_metrics(path) == [{"step": 1, "amplitudes": {"block": None, "other": 1.5}, "losses": [0.5, [None]]}]
+
+
+def test_rows_can_be_dropped_by_what_never_turns_back(tmp_path: Path) -> None:
+    path = tmp_path / "anomalies.jsonl"
+    file = MetricsFile(path, 0, key="samples_seen")
+    for step, samples_seen in ((6, 96), (4, 96), (5, 112)):
+        file.write({"step": step, "samples_seen": samples_seen})
+    file.close()
+    MetricsFile(path, 96, key="samples_seen").close()
+    assert [row["step"] for row in read_metrics(path)] == [6, 4]
