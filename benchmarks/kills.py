@@ -33,7 +33,7 @@ def main() -> int:
     every.add_argument("--steps", type=int, default=30)
     random = commands.add_parser("chain", help="one run, killed again and again at random moments")
     random.add_argument("--kills", type=int, default=50)
-    random.add_argument("--steps", type=int, default=100)
+    random.add_argument("--steps", type=int, default=200)
     random.add_argument("--seed", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -163,7 +163,7 @@ class Kill:
     """When a life is to be killed, and who."""
 
     kind: str
-    #: A step of this life, for a kill in a step.
+    #: After so many steps of this life at the earliest.
     steps: int
     #: 0 to 1: how far into it.
     delay: float
@@ -177,13 +177,16 @@ class Kill:
             life.until(lambda: life.has_said(" model: "))
             life.until(lambda: life.has_loaded, at_most_s=0.15 * self.delay)
         elif self.kind == "save":
+            life.until(lambda: life.has_loaded)
+            life.until(lambda: life.step >= life.from_step + self.steps)
             life.until(lambda: life.is_saving)
             life.until(lambda: not life.is_saving, at_most_s=0.3 * self.delay)
         else:
             life.until(lambda: life.has_loaded)
             target = life.from_step + self.steps
             if self.kind == "epoch turn":  # the step before the one that has the next epoch's first sample
-                turn = (life.from_step * BATCH // course.epoch + 1) * course.epoch
+                later = self.steps // (2 * course.save_every)
+                turn = (life.from_step * BATCH // course.epoch + 1 + later) * course.epoch
                 target = turn // BATCH
             life.until(lambda: life.step >= target)
             life.until(lambda: life.step > target, at_most_s=0.4 * self.delay)
@@ -216,7 +219,7 @@ def plan(count: int, seed: int, save_every: int, kinds: tuple[str, ...] = KINDS)
     drawn = [kinds[number % len(kinds)] for number in range(count)]
     rng.shuffle(drawn)
     victims = [(0,), (1,), (0, 1)]
-    return [Kill(kind, rng.randint(1, save_every + 2), rng.random(), rng.choice(victims)) for kind in drawn]
+    return [Kill(kind, rng.randint(1, 3 * save_every), rng.random(), rng.choice(victims)) for kind in drawn]
 
 
 def chain(course: Course, run: Path, kills: list[Kill]) -> Iterator[Death]:
