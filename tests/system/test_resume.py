@@ -11,12 +11,13 @@ import torch
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.data.sources.embedded import fashion_mnist
 from tests.support.processes import pretrain, start_pretrain, wait_for_step
-from tests.support.small_run import metrics, write_config
+from tests.support.small_run import LIGHT, metrics, write_config
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    return write_config(tmp_path_factory.mktemp("config"), shards)
+    # One block a stage: every kind of randomness is there, and a hundred steps take half the time.
+    return write_config(tmp_path_factory.mktemp("config"), shards, **{"depths: [2, 2]": "depths: [1, 1]"})
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_f10_uneven_shards_smaller_than_a_batch_keep_the_ranks_in_step(tmp_path:
     for number, size in enumerate((3, 1, 7, 11, 2)):
         write_shards(islice(samples, size), tmp_path / f"shards-{number}", samples_per_shard=size, made_by="a test")
     # 24 samples, 16 a step: the second step begins a new epoch in its middle.
-    arguments = (f"data.train={tmp_path}/shards-*/*.tar", "data.num_workers=2", "optim.total_steps=7")
+    arguments = (f"data.train={tmp_path}/shards-*/*.tar", "data.num_workers=2", "optim.total_steps=7", *LIGHT)
     finished = pretrain("--config", config, "--run-dir", tmp_path / "run", *arguments, processes=2)
     assert finished.code == 0, finished.output
     assert [row["samples_seen"] for row in metrics(tmp_path / "run")] == [16 * step for step in range(1, 8)]
