@@ -16,13 +16,13 @@ CONFIG = REPOSITORY / "configs" / "simmim" / "simmim_pretrain__swinv2_giant__img
 NARROW = (
     "model.embed_dim=16",
     "model.num_heads=[1, 2, 4, 8]",
-    "data.global_batch_size=4",
+    "data.global_batch_size=3",
     "data.micro_batch_size=1",
     "engine.param_persistence_elements=1",
 )
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 3])
 def test_f21_a_giant_built_under_zero_init_has_the_first_values_of_one_built_plainly(processes: int) -> None:
     output = run_worker("first_values.py", CONFIG, *NARROW, processes=processes).output
     found = next(line for line in output.splitlines() if line.startswith("RESULT ")).split()[1:]

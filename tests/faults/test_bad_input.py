@@ -207,10 +207,11 @@ def test_f13_a_hostile_checkpoint_runs_no_code(trained: tuple[Path, Path], tmp_p
 def test_no_space_left_keeps_the_older_checkpoints(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
+    options = ("--config", config, "--run-dir", run, "checkpoint.every_steps=3", "data.global_batch_size=8")
     # Room for one checkpoint of this model, not for two.
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", run / "checkpoints"], check=True)
     try:
-        finished = pretrain("--config", config, "--run-dir", run, "checkpoint.every_steps=3", processes=2)
+        finished = pretrain(*options, processes=2)
         assert_refused(finished, 73, "No space left", "step-00000006")
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
         rows = [row["step"] for row in metrics(run)]  # training went on while the save failed
@@ -218,7 +219,7 @@ def test_no_space_left_keeps_the_older_checkpoints(config: Path, tmp_path: Path)
         assert len(rows) >= 6
         roomier = ["mount", "-o", "remount,size=8m", run / "checkpoints"]
         subprocess.run(roomier, check=True)
-        again = pretrain("--config", config, "--run-dir", run, "checkpoint.every_steps=3", "--steps", 6, processes=2)
+        again = pretrain(*options, "--steps", 6, processes=2)
         assert again.code == 0, again.output
     finally:
         subprocess.run(["umount", run / "checkpoints"], check=True)
