@@ -165,7 +165,7 @@ def _open(checkpoint: Checkpoint, record: FileRecord) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # what a damaged file raises depends on the byte
         reason = str(getattr(error, "strerror", None) or error).partition("\n")[0]
-        if isinstance(error, UnpicklingError):  # torch's own text advises to read it unsafely
+        if isinstance(error, UnpicklingError) or "_use_new_zipfile" in reason:  # torch advises to read it unsafely
             reason = "it is damaged, or holds more than tensors and plain data"
         advice = "restore it from a copy, or use another checkpoint of the run"
         raise CheckpointError(f"cannot read {path}: {reason}", advice) from error

@@ -29,12 +29,11 @@ def main(path: str) -> None:
     for name, module in engine.module.named_modules():
         module.register_forward_pre_hook(partial(note, called, name))
         if isinstance(module, Block):
-            module.register_forward_hook(
-                lambda module, inputs, output: dropped.append(bool((output == inputs[0]).all()))
-            )
+            module.register_forward_hook(partial(note_dropped, dropped))
     batches = open_inputs(config).training(task, 0, 2)
     count = config.data.global_batch_size // config.data.micro_batch_size // dist.world_size()
-    digests = [train_step(engine, task, [next(batches) for _ in range(count)], 1e-3).loss for _ in range(2)]
+    steps = [[next(batches) for _ in range(count)] for _ in range(2)]
+    digests = [train_step(engine, task, step, 1e-3, lambda loss, grad_norm: True).loss for step in steps]
     ranks = dist.gather({"called": called, "dropped": dropped, "losses": digests})
     if dist.rank() == 0:
         print("RESULT " + json.dumps(ranks))
