@@ -33,6 +33,7 @@ class Saved:
         cases = [f"{world}-from-{other} 3 bf16 {self.path(other)}" for other in WORLDS]
         if world == 2:
             cases += [f"{layout.replace(' ', '-')} {layout} {self.path(2)}" for layout in LAYOUTS]
+            cases.append(f"by-deepspeed 3 bf16 {self.path(2)}")
             cases += [f"3-from-{old} 3 bf16 {old}/step-00000002" for old in ("of-2-at-0", "of-2-at-1")]
         return cases
 
@@ -97,6 +98,12 @@ def test_f06_another_stage_or_precision_holds_the_same_masters(saved: Saved, lay
 def test_f06_stage_3_goes_on_from_other_stages(saved: Saved, old: str) -> None:
     restored = saved.restored[2][f"3-from-{old} 3 bf16 {old}/step-00000002"]
     assert_same(saved.tensors(restored["checkpoint"]), saved.tensors(f"{old}/step-00000002"))
+
+
+def test_what_is_saved_is_deepspeed_s_own_checkpoint_which_its_own_loader_takes(saved: Saved) -> None:
+    restored = saved.restored[2][f"by-deepspeed 3 bf16 {saved.path(2)}"]
+    assert_same(saved.tensors(restored["checkpoint"]), saved.tensors(saved.path(2)))
+    assert restored["loss"] == saved.sources[2]["of-2 3 bf16"]["loss"]
 
 
 def test_f06_the_same_command_on_fewer_processes_goes_on_by_itself(tmp_path: Path, shards: Path) -> None:

@@ -1,7 +1,7 @@
 """Train and save, or restore anyone's checkpoint, save it at once and take a step. One JSON line on rank 0.
 
 Arguments: the configuration, a folder, then for each case "NAME STAGE PRECISION [SOURCE]": without a source it trains
-two steps and saves as NAME; with one it restores SOURCE first.
+two steps and saves as NAME; with one it restores SOURCE first, as NAME "by-deepspeed" by DeepSpeed's own loader.
 """
 
 import json
@@ -28,7 +28,10 @@ def run(path: str, folder: Path, name: str, stage: str, precision: str, source: 
     engine = build_engine(config, task, will_load=source is not None)
     position = STEPS * config.data.global_batch_size if source else 0
     steps = micro_batches(config, open_inputs(config).training(task, position, STEPS + 1))
-    if source:
+    if source and name == "by-deepspeed":
+        saved = folder / source
+        assert engine.load_checkpoint(str(saved.parent), tag=saved.name)[0]
+    elif source:
         restore.load(engine, checkpoint.read(folder / source), config.data.global_batch_size)
     else:
         for _ in range(STEPS):
