@@ -139,7 +139,7 @@ def _run(
         watchdog.enter("reading the checkpoint")
         restore.load(engine, found, config.data.global_batch_size)
     output = dist.all_agree(
-        lambda: Output(loaded, directory, state) if dist.rank() == 0 else None, "opening the run's files"
+        lambda: Output(loaded, directory, state, found) if dist.rank() == 0 else None, "opening the run's files"
     )
     saver = Saver(engine, directory.checkpoints, directory.staging, config.checkpoint)
 
@@ -194,9 +194,9 @@ class _BetweenSteps:
 
     def begin_save(self, state: TrainState, validation_loss: float | None) -> None:
         self.watchdog.enter("saving a checkpoint", state.step)
-        dist.all_agree(lambda: self.output.sync() if self.output else None, "writing the metrics")
+        lists = dist.all_agree(lambda: self.output.sync() if self.output else {}, "writing the metrics")
         facts = facts_of(self.inputs.config, self.inputs.train)
-        self.saver.begin(state.step, {**state.to_json(), **facts}, validation_loss)
+        self.saver.begin(state.step, {**state.to_json(), **facts}, validation_loss, lists)
 
     def rewind(self) -> TrainState:
         self.watchdog.enter("going back to the last checkpoint")

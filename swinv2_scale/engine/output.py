@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
@@ -11,6 +12,8 @@ from PIL.Image import Image
 from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig, to_yaml
 from swinv2_scale.data.ledger import Quarantined
+from swinv2_scale.durable import write_whole
+from swinv2_scale.engine.checkpoint import Checkpoint
 from swinv2_scale.engine.resume import versions
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.step import TrainState
@@ -25,15 +28,20 @@ class Output:
 
     Args:
         state: what was written after it belongs to a future that is trained anew.
+        found: the checkpoint it is from; brings back the lists that the run directory has lost.
 
     Raises:
         OSError: something can't be written.
     """
 
-    def __init__(self, loaded: LoadedConfig, directory: RunDirectory, state: TrainState) -> None:
+    def __init__(
+        self, loaded: LoadedConfig, directory: RunDirectory, state: TrainState, found: Checkpoint | None
+    ) -> None:
         directory.write_config(to_yaml(loaded))
         directory.record_life(from_step=state.step, world_size=dist.world_size(), **versions())
         self._directory = directory
+        if found:
+            self._bring_back(found)
         self._has_board = loaded.config.logging.tensorboard
         # By position, which a rewind doesn't turn back: what led to one that a checkpoint knows of stays.
         self._anomalies = MetricsFile(directory.anomalies, state.samples_seen, key="samples_seen")
@@ -45,6 +53,16 @@ class Output:
         rows = read_metrics(self._directory.quarantine)
         self._listed = {_identity(row) for row in rows if row.keys() >= _IDENTITY}
         self._board = TensorBoard(self._directory.tensorboard, step) if self._has_board else None
+
+    def _bring_back(self, found: Checkpoint) -> None:
+        names = {record.name for record in found.files}
+        for path in self._lists:
+            if path.name in names and not path.exists():
+                write_whole(path, (found.path / path.name).read_bytes())
+
+    @property
+    def _lists(self) -> tuple[Path, ...]:
+        return self._directory.quarantine, self._directory.anomalies
 
     def rewind(self, step: int) -> None:
         """Forget what was written after a step, but for the anomalies."""
@@ -80,11 +98,16 @@ class Output:
         if self._board:
             self._board.image("panel", image, step)
 
-    def sync(self) -> None:
-        """Before a checkpoint says that the steps so far exist."""
+    def sync(self) -> dict[str, bytes]:
+        """Before a checkpoint says that the steps so far exist.
+
+        Returns:
+            the lists that it keeps, by file name.
+        """
         self._metrics.sync()
         self._quarantine.sync()
         self._anomalies.sync()
+        return {path.name: path.read_bytes() for path in self._lists}
 
     def close(self) -> None:
         self._anomalies.close()

@@ -18,12 +18,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,12 +86,19 @@ class Saver:
         """This rank's thread is at work."""
         return self._save is not None and self._save.future is not None and not self._save.future.done()
 
-    def begin(self, step: int, state: dict[str, Any], validation_loss: float | None = None) -> None:
+    def begin(
+        self,
+        step: int,
+        state: dict[str, Any],
+        validation_loss: float | None = None,
+        lists: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
         """Take a snapshot and begin to write it; waits for the checkpoint before, so there is one snapshot at most.
 
         Args:
             state: what a resumed run has to know; JSON, for ``state.json``.
             validation_loss: of this very step.
+            lists: rank 0's: files of the run that a resumed one goes on writing, by name.
 
         Raises:
             OutputError: on every rank, if any rank couldn't write the one before.
@@ -105,8 +113,8 @@ class Saver:
         files: list[tuple[str, _Write]] = [(p.name, partial(torch.save, c)) for p, c in self._snapshots.taken]
         files.append((random_states.file_name(dist.rank()), partial(torch.save, random_states.current())))
         if dist.rank() == 0:
-            text = json.dumps(state, indent=1).encode()
-            files.append((STATE, lambda file: file.write(text)))
+            texts = {STATE: json.dumps(state, indent=1).encode(), **lists}
+            files += [(name, partial(_write_bytes, data=data)) for name, data in texts.items()]
         stalled = time.perf_counter() - begun
         future = self._executor.submit(self._write, part, files)
         self._save = _Save(step, part, self.folder / name, validation_loss, begun, stalled, future)
@@ -181,7 +189,7 @@ class Saver:
 
     def _publish(self, save: _Save, records: list[FileRecord]) -> None:
         text = manifest_text(save.step, dist.world_size(), records, save.validation_loss)
-        self._write_file(save.part / MANIFEST, lambda file: file.write(text.encode()))
+        self._write_file(save.part / MANIFEST, partial(_write_bytes, data=text.encode()))
         sync_folder(save.part)
         if save.target.exists():  # a damaged one of this step, from a life before a fall-back
             save.target.rename(self._staging / f"old-{save.target.name}")
@@ -199,6 +207,10 @@ class Saver:
         if checkpoint.path not in self._whole and retention.is_whole(checkpoint):
             self._whole.add(checkpoint.path)
         return checkpoint.path in self._whole
+
+
+def _write_bytes(file: Any, data: bytes) -> None:
+    file.write(data)
 
 
 class _HashedFile(io.FileIO):
