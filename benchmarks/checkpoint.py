@@ -132,7 +132,11 @@ def report_saves(model: str, num_bytes: int, seconds: dict[str, list[float]]) ->
         rate = f"{mib / median[name]:.0f}" if "step" not in name and name != "stall" else ""
         print(f"| {words} | {median[name]:.3f} | {min(values):.3f} | {max(values):.3f} | {rate} |")
     print(f"\n- stall against a synchronous save: {statistics.median(stalls):.1%} (to reach: under 10 %)")
-    print(f"- write rate against the disk alone: {statistics.median(rates):.0%} (to reach: over 85 %)\n")
+    fastest = min(seconds["disk"]) / min(seconds["behind"])
+    print(
+        f"- write rate against the disk alone: {statistics.median(rates):.0%} (to reach: over 85 %); the fastest of both "
+        f"against each other: {fastest:.0%}\n"
+    )
 
 
 def measure_resuming(model: str, rounds: int, folder: Path) -> None:
@@ -171,7 +175,8 @@ def write_raw(path: Path, num_bytes: int) -> None:
     block = memoryview(os.urandom(2**24))
     with path.open("wb", buffering=0) as file:
         for start in range(0, num_bytes, len(block)):
-            file.write(block[: num_bytes - start])
+            written = file.write(block[: num_bytes - start])
+            os.posix_fadvise(file.fileno(), start, written, os.POSIX_FADV_DONTNEED)  # as fast as the disk goes
         os.fsync(file.fileno())
     path.unlink()
 
