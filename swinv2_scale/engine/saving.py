@@ -73,6 +73,7 @@ class Saver:
         self._policy = policy
         self._snapshots = _Snapshots()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._save: _Save | None = None
         self._whole: set[Path] = set()
         self._is_abandoned = False
@@ -166,6 +167,7 @@ class Saver:
         """Give up what isn't published; by each rank for itself, at any time."""
         self._is_abandoned = True
         self._executor.shutdown(wait=False, cancel_futures=True)
+        # The hasher isn't shut down: a write on its way may still need it; its thread ends with the process.
 
     def _write(self, part: Path, files: list[tuple[str, _Write]]) -> list[FileRecord]:
         try:
@@ -179,7 +181,7 @@ class Saver:
         return [self._write_file(part / name, write) for name, write in files]
 
     def _write_file(self, path: Path, write: _Write) -> FileRecord:
-        raw = _HashedFile(path, lambda: self._is_abandoned)
+        raw = _HashedFile(path, self._hasher, lambda: self._is_abandoned)
         try:
             with io.BufferedWriter(raw, 2**20) as file:
                 write(file)
@@ -218,25 +220,30 @@ def _write_bytes(file: Any, data: bytes) -> None:
 class _HashedFile(io.FileIO):
     """Hashes what is written, and remembers why a write failed."""
 
-    def __init__(self, path: Path, is_abandoned: Callable[[], bool]) -> None:
+    def __init__(self, path: Path, hasher: ThreadPoolExecutor, is_abandoned: Callable[[], bool]) -> None:
         super().__init__(path, "w")
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0
         self.failure: OSError | None = None
+        self._hasher = hasher
         self._is_abandoned = is_abandoned
 
     def write(self, data: Any) -> int:
         if self._is_abandoned():
             raise OSError(None, "the job has ended")
         data = memoryview(data)[:_CHUNK_BYTES]  # BufferedWriter comes again with the rest
+        hashing = self._hasher.submit(self.sha256.update, data)
+        written = 0
         try:
-            written = super().write(data)
+            while written < len(data):
+                written += super().write(data[written:])
         except OSError as error:
             self.failure = error
             raise
-        # The disk begins with this chunk now, while it is hashed, and not when all is to be flushed.
+        finally:
+            hashing.result()  # the caller may change the data from here on
+        # The disk begins with this chunk now, not when all is to be flushed.
         os.posix_fadvise(self.fileno(), self.num_bytes, written, os.POSIX_FADV_DONTNEED)
-        self.sha256.update(data[:written])
         self.num_bytes += written
         return written
 
