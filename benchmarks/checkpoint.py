@@ -60,6 +60,7 @@ def main() -> None:
     print("# Checkpoints\n")
     print(f"- machine: {describe_machine()}")
     print(f"- versions: {describe_versions('torch', 'deepspeed')}")
+    print(f"- command: `.venv/bin/python benchmarks/checkpoint.py {' '.join(sys.argv[1:])}`")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         measure_saves(arguments.model, arguments.rounds, Path(folder))
         measure_resuming(arguments.resume_model, arguments.resume_rounds, Path(folder))
@@ -134,8 +135,8 @@ def report_saves(model: str, num_bytes: int, seconds: dict[str, list[float]]) ->
     print(f"\n- stall against a synchronous save: {statistics.median(stalls):.1%} (to reach: under 10 %)")
     fastest = min(seconds["disk"]) / min(seconds["behind"])
     print(
-        f"- write rate against the disk alone: {statistics.median(rates):.0%} (to reach: over 85 %); the fastest of both "
-        f"against each other: {fastest:.0%}\n"
+        f"- write rate against the disk alone: {statistics.median(rates):.0%} (to reach: over 85 %); "
+        f"the fastest of both against each other: {fastest:.0%}\n"
     )
 
 
