@@ -38,6 +38,7 @@ _RESUME_POLICY: dict[str, ResumePolicy] = {
     "optim.clip_grad_norm": "warn",
     "optim.weight_decay": "warn",
     "optim.ema_decay": "warn",
+    "engine.precision": "warn",  # masters and moments are float32 in each
     "engine.zero_stage": "warn",  # the masters and moments are the same, cut elsewhere; the order of additions changes
     "engine.activation_checkpointing": "free",
     "engine.overlap_comm": "free",

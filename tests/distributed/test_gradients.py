@@ -64,7 +64,7 @@ def test_the_giant_stage_equals_eager_attention_without_checkpointing(
     # Float32 throughout; only the order of additions differs, over 13 blocks.
     assert stage["losses"] == pytest.approx(plain["losses"], rel=1e-6)
     assert max(stage["differences"]) < 1e-3
-    assert stage["count"] == plain["count"] > 250
+    assert stage["count"] == plain["count"] > 200
 
 
 def test_the_giant_stage_launches_and_trains(giant: Path, tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ def test_independent_mistakes_are_all_found():
         ("optim.lr", "warn"),
         ("optim.betas", "fixed"),
         ("optim.warmup_steps", "fixed"),
-        ("engine.precision", "fixed"),
+        ("engine.precision", "warn"),
         ("engine.activation_checkpointing.offload", "free"),
         ("engine.deepspeed_overrides.wall_clock_breakdown", "fixed"),
         ("checkpoint.keep", "free"),
