@@ -20,7 +20,7 @@ STAGES = [
     if not (stage in (1, 2) and precision == "bf16_autocast")
 ]
 #: What one process runs too: the stage without sharding and the one with most of it.
-ALONE = ["0 fp32", "0 bf16", "3 fp32", "3 bf16"]
+ALONE = ["0 fp32", "0 bf16", "3 bf16"]
 
 #: Half the work of a step; micro-batches are still added up, and layers sharded, gathered and kept whole.
 SMALLER = {

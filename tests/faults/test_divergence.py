@@ -198,6 +198,7 @@ def test_f15_a_spike_is_taken_and_said_when_the_policy_is_to_warn(scaled: Path, 
     assert list(row["amplitudes"]) == ["embedding", "stage 0 block 0", "stage 1 block 0"]
 
 
+@pytest.mark.sweep  # two jobs under ZeRO-3; the decision itself is in tests/unit/engine/test_anomalies.py
 def test_f15_a_spike_leads_back_as_often_as_it_may(scaled: Path, tmp_path: Path) -> None:
     options = ("anomalies.policy=rewind", *SHARDED)
     finished = train(tmp_path, scaled, "anomalies.max_rewinds=0", *options)
