@@ -32,7 +32,7 @@ from torch import Tensor
 
 from swinv2_scale import dist
 from swinv2_scale.config.run import CheckpointConfig
-from swinv2_scale.durable import sync_folder
+from swinv2_scale.durable import sync_file, sync_folder
 from swinv2_scale.engine import random_states, retention
 from swinv2_scale.engine.checkpoint import MANIFEST, STATE, Checkpoint, FileRecord, manifest_text, name_of
 from swinv2_scale.engine.deepspeed_import import TorchCheckpointEngine
@@ -185,8 +185,7 @@ class Saver:
         try:
             with io.BufferedWriter(raw, 2**20) as file:
                 write(file)
-                file.flush()
-                os.fsync(raw.fileno())
+                sync_file(file)
         except RuntimeError as error:  # torch's zip writer reports a full disk as an unexpected position
             raise raw.failure or OSError(None, str(error), str(path)) from error
         return FileRecord(path.name, raw.num_bytes, raw.sha256.hexdigest())
