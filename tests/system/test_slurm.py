@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not is_installed(), reason="Slurm is not installed; tests/system/install.sh does that"),
 ]
 
-OVERRIDES = (*LIGHT, "optim.total_steps=120", "checkpoint.every_steps=50")
+OVERRIDES = (*LIGHT, "optim.total_steps=90", "checkpoint.every_steps=40")
 #: The site of these tests: this interpreter. With an option of srun, so that judging goes through a step, too.
 SITE = f"""
 prepare() {{
@@ -146,7 +146,9 @@ def test_f16_a_recipes_stages_run_one_after_another_though_the_first_is_requeued
     (stages / "second.yaml").write_text(f"extends: ../small.yaml\ninit_from: {first}\n")
     size = ("--nodes", 2, "--gpus-per-node", 1, "--cpus-per-task", 1, "--site", cluster.folder / "site.sh")
     chain = (REPOSITORY / "launch" / "slurm" / "chain.sh", "stages/first.yaml", "stages/second.yaml", "--")
-    said = slurm.run("env", f"PYTHON={sys.executable}", *chain, *size, *OVERRIDES, cwd=cluster.folder)
+    said = slurm.run(
+        "env", f"PYTHON={sys.executable}", *chain, *size, *LIGHT, "optim.total_steps=50", cwd=cluster.folder
+    )
     jobs = re.findall(r"yaml: job (\d+)", said)
     assert len(jobs) == 2, said
 
