@@ -77,7 +77,15 @@ def start(timeout_s: int) -> None:
         else:
             torch_dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise PeerLostError(f"rank {rank()} could not join the other {world_size() - 1} processes: {error}") from error
+        first_line = str(error).splitlines()[0]
+        raise PeerLostError(
+            f"rank {rank()} could not join the other {world_size() - 1} processes: {first_line}",
+            f"another job of this host listens on port {os.environ['MASTER_PORT']}: choose another "
+            "(deepspeed --master_port, torchrun --master-port, for srun MASTER_PORT)"
+            if "EADDRINUSE" in first_line
+            else "look for the first error of the other ranks; every node must reach "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+        ) from error
 
 
 def stop() -> None:
