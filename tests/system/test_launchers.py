@@ -130,6 +130,20 @@ def test_f16_a_signal_to_torchruns_agent_is_a_checkpoint_and_no_orphan(
     assert saved_step(run) == len(metrics(run)), job.output
 
 
+def test_torchruns_second_attempt_goes_on_from_the_last_checkpoint(tmp_path: Path, config: Path) -> None:
+    # The store of torchrun's agent outlives an attempt: its ranks must not look for those of the first.
+    run, training = tmp_path / "run", (*LIGHT, "checkpoint.every_steps=5", "evaluation.every_steps=0", "optim.total_steps=60")
+    command = [*torchrun("--nproc-per-node", 2, "--max-restarts", 1), *pretrain(config, run, *training)]
+    job = launchers.start(command, run)
+    job.wait_for_step(12)
+    agent = job.process.pid
+    ranks = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert job.wait() == 0, job.output
+    assert [row["step"] for row in metrics(run)] == list(range(1, 61))
+    assert len((run / "lives.jsonl").read_text().splitlines()) >= 2
+
+
 def test_our_wrapper_reports_the_launchers_end_as_the_run_directory_has_it(tmp_path: Path, config: Path) -> None:
     # DeepSpeed's runner exits 0 when its launcher is killed by a signal.
     run = tmp_path / "run"
