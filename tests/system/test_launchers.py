@@ -132,7 +132,10 @@ def test_f16_a_signal_to_torchruns_agent_is_a_checkpoint_and_no_orphan(
 
 def test_torchruns_second_attempt_goes_on_from_the_last_checkpoint(tmp_path: Path, config: Path) -> None:
     # The store of torchrun's agent outlives an attempt: its ranks must not look for those of the first.
-    run, training = tmp_path / "run", (*LIGHT, "checkpoint.every_steps=5", "evaluation.every_steps=0", "optim.total_steps=60")
+    run, training = (
+        tmp_path / "run",
+        (*LIGHT, "checkpoint.every_steps=5", "evaluation.every_steps=0", "optim.total_steps=60"),
+    )
     command = [*torchrun("--nproc-per-node", 2, "--max-restarts", 1), *pretrain(config, run, *training)]
     job = launchers.start(command, run)
     job.wait_for_step(12)
