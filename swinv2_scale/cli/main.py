@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from swinv2_scale.cli import checkpoint, config, models, shards
+from swinv2_scale.cli import checkpoint, config, launch, models, shards, status, submit
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
@@ -17,6 +17,9 @@ def make_parser() -> ArgumentParser:
     shards.add_commands(commands)
     models.add_commands(commands)
     checkpoint.add_commands(commands)
+    status.add_commands(commands)
+    submit.add_commands(commands)
+    launch.add_commands(commands)
     return parser
 
 

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from swinv2_scale import dist
 from swinv2_scale.durable import open_plain
 from swinv2_scale.errors import CheckpointError
 from swinv2_scale.telemetry.console import log
@@ -161,6 +160,8 @@ def newest_verified(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: there are checkpoints, but no whole one.
     """
+    from swinv2_scale import dist  # commands that look at a run have no torch
+
     candidates = dist.on_rank_zero(lambda: _candidates(folder), f"looking for checkpoints in {folder}")
 
     def damage(checkpoint: Checkpoint) -> list[str]:

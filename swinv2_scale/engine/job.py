@@ -32,7 +32,7 @@ from swinv2_scale.engine.saving import Saver
 from swinv2_scale.engine.start import begin_again, first_values, settle
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.engine.watchdog import Watchdog
-from swinv2_scale.errors import CheckpointError, ClusterError, ConfigError, ExitCode
+from swinv2_scale.errors import CheckpointError, ClusterError, ConfigError, ExitCode, ScaleError
 from swinv2_scale.launchers import place as launchers
 from swinv2_scale.launchers.place import Place
 from swinv2_scale.launchers.processes import Process, hostfile_of, own_launcher
@@ -65,18 +65,28 @@ def run_job(loaded: LoadedConfig, options: JobOptions) -> ExitCode:
     stop_request = StopRequest(
         launcher, directory.stop if place.rank == 0 else None, end_of_slurm_job(), cluster.grace_s
     )
-    _check_cluster(cluster, place, launcher)
-    dist.start(cluster.timeout_s)
-    watchdog = Watchdog(cluster, directory.log(dist.rank()))
+
+    def record_end(code: int, why: str = "") -> None:
+        if place.rank == 0:
+            directory.record_end(code, why)
+
+    watchdog = Watchdog(cluster, directory.log(place.rank), record_end)
     try:
+        _check_cluster(cluster, place, launcher)
+        dist.start(cluster.timeout_s)
         with dist.peers_may_be_lost("training", watchdog.who_is_missing):
             watchdog.start()
             _check_ranks_agree(loaded.config, options)
             code = _run(loaded, options, directory, stop_request, watchdog)
             dist.barrier()
-            return code
-    except BaseException:
+        record_end(code, (stop_request.reason or "") if code == ExitCode.STOPPED else "")
+        return code
+    except BaseException as error:
         log().debug("ended by:", exc_info=True)  # into this rank's log file; the console gets one error, not W
+        if isinstance(error, ScaleError):
+            record_end(error.exit_code, error.message)
+        else:
+            record_end(1, repr(error))
         raise
     finally:
         watchdog.stop()

@@ -38,6 +38,7 @@ class Output:
         self, loaded: LoadedConfig, directory: RunDirectory, state: TrainState, found: Checkpoint | None
     ) -> None:
         directory.write_config(to_yaml(loaded))
+        directory.step = state.step
         directory.record_life(from_step=state.step, world_size=dist.world_size(), **versions())
         self._directory = directory
         if found:
@@ -68,10 +69,12 @@ class Output:
         """Forget what was written after a step, but for the anomalies."""
         self._close()
         self._open(step)
+        self._directory.step = step
 
     def row(self, row: dict[str, Any]) -> None:
         """One step's metrics."""
         self._metrics.write(row)
+        self._directory.step = row["step"]
         if self._board:
             self._board.row(row)
 

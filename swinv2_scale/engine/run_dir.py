@@ -25,6 +25,7 @@ from typing import IO, Any
 from swinv2_scale.durable import sync_folder, write_whole
 from swinv2_scale.engine.checkpoint import PART
 from swinv2_scale.errors import OutputError
+from swinv2_scale.telemetry.console import log
 
 
 def is_run_or_checkpoint(path: Path) -> bool:
@@ -40,6 +41,8 @@ class RunDirectory:
     root: Path
     #: Of the life that open() began; rank 0 tells the others.
     life: str = ""
+    #: The last one that this life has finished, as far as its files say; None before it trains.
+    step: int | None = None
     _lock: IO[str] | None = field(default=None, repr=False)
 
     @property
@@ -69,6 +72,11 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def lives(self) -> Path:
+        """Two lines for every life: how it began and how it ended; one that was killed has no second."""
+        return self.root / "lives.jsonl"
 
     @property
     def stop(self) -> Path:
@@ -169,15 +177,32 @@ class RunDirectory:
 
     def record_life(self, **facts: Any) -> None:
         """Add a line about this start of the run: when, where, from which step, with what command."""
-        line = {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "life": self.life,
-            "host": socket.gethostname(),
-            "command": sys.argv,
-            **facts,
-        }
-        with (self.root / "lives.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        begun = {"started": _now(), "life": self.life, "host": socket.gethostname(), "command": sys.argv}
+        self._add_to_lives(begun | facts)
+
+    def record_end(self, exit_code: int, why: str = "") -> None:
+        """Add a line about how this life ended; by rank 0 alone, while it still has the lock.
+
+        An attempt that didn't become a life has one too, where the run has begun and no other job is using it: its
+        ranks never met, say. Failing to write it is no error, as the end that it is about is what counts.
+        """
+        try:
+            if self._lock is None:
+                if not self.lives.exists():
+                    return
+                self.lock()
+            facts = {"ended": _now(), "life": self.life, "exit_code": exit_code, "step": self.step}
+            self._add_to_lives(facts | ({"why": why.split("\n")[0][:500]} if why else {}))
+        except (OSError, OutputError):
+            log().debug("the end of this life could not be recorded:", exc_info=True)
+
+    def _add_to_lives(self, line: dict[str, Any]) -> None:
+        with self.lives.open("a+b") as file:
+            text = json.dumps(line).encode() + b"\n"
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                text = text if file.read(1) == b"\n" else b"\n" + text  # a power cut left half a line
+            file.write(text)
 
     def close(self) -> None:
         if self._lock is not None and self.life:
@@ -186,3 +211,7 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -97,10 +97,13 @@ class Watchdog:
 
     Args:
         log_file: of this rank; gets the stacks of all threads.
+        record_end: writes down an exit code and why, before this process ends here.
     """
 
-    def __init__(self, cluster: ClusterConfig, log_file: Path) -> None:
-        self._cluster, self._log_file = cluster, log_file
+    def __init__(
+        self, cluster: ClusterConfig, log_file: Path, record_end: Callable[[int, str], None] = lambda code, why: None
+    ) -> None:
+        self._cluster, self._log_file, self._record_end = cluster, log_file, record_end
         self._place = _Place(0, 0, "starting", cluster.timeout_s)
         self._host = socket.gethostname()
         self._board: dist.Board | None = None
@@ -281,4 +284,5 @@ class Watchdog:
         for worker in multiprocessing.active_children():
             worker.kill()  # they hold this process's connections too
         self._note_stacks(f"ended by the watchdog: {error}")
+        self._record_end(error.exit_code, error.message)
         os._exit(int(ExitCode.PEER_LOST))

@@ -32,7 +32,7 @@ import torch
 import yaml
 
 from swinv2_scale.cli.main import main, make_parser
-from swinv2_scale.cli.train import pretrain
+from swinv2_scale.cli.train import finetune, pretrain
 from swinv2_scale.config.run import RemoteConfig
 from swinv2_scale.data.remote.files import RemoteFiles
 from swinv2_scale.data.shards import manifest
@@ -138,7 +138,9 @@ def ends_with(entry: str, words: list[object]) -> int:
     """The exit code of an entry point, in this process. Other exceptions than ours come through."""
     words = [str(word) for word in words]
     try:
-        return pretrain(words) if entry.startswith("launch/") else main([*entry.split(), *words])  # type: ignore[arg-type]
+        if entry.startswith("launch/"):
+            return (finetune if entry.endswith("finetune.py") else pretrain)(words)  # type: ignore[arg-type]
+        return main([*entry.split(), *words])  # type: ignore[arg-type]
     except SystemExit as end:
         return int(end.code or 0)
 
@@ -170,9 +172,15 @@ def attacks(codes: dict[str, int], words: Callable[[str, Any], list[object]]) ->
 def config() -> Callable[[Any], Any]:
     def words(entry: str, made: list[object]) -> list[object]:
         first, *overrides = made
-        return ["--config", first, "--run-dir", "run", *overrides] if entry.startswith("launch/") else made
+        if entry == "submit":
+            return [*made, "--nodes", 1, "--gpus-per-node", 1, "--print"]
+        training = ["--config", first, "--run-dir", "run", *overrides]
+        if entry == "launch":
+            return ["deepspeed", "launch/pretrain.py", *training]
+        return training if entry.startswith("launch/") else made
 
-    return attacks(dict.fromkeys(("config check", "config explain", "launch/pretrain.py"), 78), words)
+    entries = ("config check", "config explain", "launch", "launch/pretrain.py", "launch/finetune.py", "submit")
+    return attacks(dict.fromkeys(entries, 78), words)
 
 
 def small(place: Place, **replacements: str) -> Path:
@@ -361,9 +369,9 @@ def forged_run(place: Place, step: int = 2, folder: Path | None = None, saved: s
 
 
 def runs(**codes: int) -> Callable[[Any], Any]:
-    """export, predict and the actions of ``checkpoint``; list and prune end with 0 unless said, the others with 65."""
-    usual = {"export": 65, "predict": 65, "list": 0, "verify": 65, "prune": 0, "consolidate": 65}
-    names = {name: name if name in ("export", "predict") else f"checkpoint {name}" for name in usual}
+    """export, predict, status, the actions of ``checkpoint``; status, list, prune end with 0 unless said, others 65."""
+    usual = {"export": 65, "predict": 65, "status": 0, "list": 0, "verify": 65, "prune": 0, "consolidate": 65}
+    names = {name: name if name in ("export", "predict", "status") else f"checkpoint {name}" for name in usual}
 
     def words(entry: str, run: Path) -> list[object]:
         more = {"export": ["x", "--format", "hf"], "predict": ["x.png"], "checkpoint consolidate": ["x.safetensors"]}
@@ -410,6 +418,20 @@ def a_checkpoint_that_is_a_link_to_a_folder_outside(place: Place) -> Path:
     forged_run(place, 3, folder=place.outside.parent)
     (run / "checkpoints" / "step-00000003").symlink_to(place.outside.parent)
     return run
+
+
+@attacks({"status": 0, "stop": 78}, lambda entry, run: [run])
+def a_run_whose_records_command_a_terminal(place: Place) -> Path:
+    run = small(place, **{"train: embedded:": f"train: {json.dumps(ESCAPE)} # "}).rename(
+        place.file("run/config.yaml", "")
+    )
+    life = {"started": ESCAPE, "life": ESCAPE, "host": ESCAPE, "command": [ESCAPE, "[/red]"], "from_step": 1}
+    for line in (life, {"ended": ESCAPE, "life": ESCAPE, "exit_code": 85, "why": f"[/red]{ESCAPE}"}):
+        with (run.parent / "lives.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    place.file("run/.lock", f"pid 1 on {ESCAPE}, since")
+    place.file("run/metrics.jsonl", json.dumps({"step": 1, "loss": ESCAPE}))
+    return run.parent
 
 
 @attacks({"predict": 65}, lambda entry, words: words)
