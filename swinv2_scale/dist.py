@@ -13,6 +13,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from swinv2_scale.errors import ClusterError, OutputError, PeerLostError, ScaleError
 from swinv2_scale.launchers.place import adopt
@@ -73,11 +74,28 @@ def start(timeout_s: int) -> None:
     try:
         if world_size() > 1:
             device_id = device() if torch.cuda.is_available() else None
-            torch_dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+            store, *_ = next(rendezvous("env://", timeout=timeout))
+            store = PrefixStore(_attempt(), store)
+            torch_dist.init_process_group(
+                backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout, device_id=device_id
+            )
         else:
             torch_dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise PeerLostError(f"rank {rank()} could not join the other {world_size() - 1} processes: {error}") from error
+        first_line = str(error).splitlines()[0]
+        raise PeerLostError(
+            f"rank {rank()} could not join the other {world_size() - 1} processes: {first_line}",
+            f"another job of this host listens on port {os.environ['MASTER_PORT']}: choose another "
+            "(deepspeed --master_port, torchrun --master-port, for srun MASTER_PORT)"
+            if "EADDRINUSE" in first_line
+            else "look for the first error of the other ranks; every node must reach "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+        ) from error
+
+
+def _attempt() -> str:
+    """torchrun's agent keeps what an attempt's ranks wrote; without a prefix gloo connects to ranks that have died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def stop() -> None:
@@ -124,9 +142,7 @@ class Board:
     def __init__(self) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, world_size(), is_master=False, wait_for_workers=False)
-        # torchrun's agent keeps the notes of a job's earlier attempts.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = PrefixStore(f"swinv2_scale/{attempt}", store)
+        self._store = PrefixStore(f"swinv2_scale/{_attempt()}", store)
 
     def write(self, name: str, note: str) -> None:
         self._store.set(name, note)

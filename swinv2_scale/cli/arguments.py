@@ -18,8 +18,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Options may stand between words: before Python 3.12 ``CONFIG --nodes 8 key=value`` was refused."""
-        has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
-        if has_commands or self._is_inside:
+        # Commands, and what takes the rest of the line.
+        is_ordered = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
+        if is_ordered or self._is_inside:
             return super().parse_known_args(args, namespace)
         return self.parse_known_intermixed_args(args, namespace)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from swinv2_scale.cli import checkpoint, config, models, shards, status, submit
+from swinv2_scale.cli import checkpoint, config, launch, models, shards, status, submit
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
@@ -19,6 +19,7 @@ def make_parser() -> ArgumentParser:
     checkpoint.add_commands(commands)
     status.add_commands(commands)
     submit.add_commands(commands)
+    launch.add_commands(commands)
     return parser
 
 

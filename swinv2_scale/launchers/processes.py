@@ -105,8 +105,7 @@ def _pdsh_of(launch: Process) -> list[Process]:
     for path in Path("/proc").glob("[0-9]*"):
         process = read(int(path.name))
         if process is not None and world and process.name == "pdsh" and world in " ".join(process.command).split():
-            runner = read(process.parent)
-            return [process, *([runner] if runner is not None and runner.is_launcher else [])]
+            return [process, *launcher_of(process.pid)]
     return []
 
 

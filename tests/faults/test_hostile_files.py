@@ -137,9 +137,10 @@ def watched(place: Place) -> Iterator[list[str]]:
 def ends_with(entry: str, words: list[object]) -> int:
     """The exit code of an entry point, in this process. Other exceptions than ours come through."""
     words = [str(word) for word in words]
-    scripts = {"launch/pretrain.py": pretrain, "launch/finetune.py": finetune}
     try:
-        return scripts[entry](words) if entry in scripts else main([*entry.split(), *words])  # type: ignore[arg-type]
+        if entry.startswith("launch/"):
+            return (finetune if entry.endswith("finetune.py") else pretrain)(words)  # type: ignore[arg-type]
+        return main([*entry.split(), *words])  # type: ignore[arg-type]
     except SystemExit as end:
         return int(end.code or 0)
 
@@ -173,9 +174,12 @@ def config() -> Callable[[Any], Any]:
         first, *overrides = made
         if entry == "submit":
             return [*made, "--nodes", 1, "--gpus-per-node", 1, "--print"]
-        return ["--config", first, "--run-dir", "run", *overrides] if entry.startswith("launch/") else made
+        training = ["--config", first, "--run-dir", "run", *overrides]
+        if entry == "launch":
+            return ["deepspeed", "launch/pretrain.py", *training]
+        return training if entry.startswith("launch/") else made
 
-    entries = ("config check", "config explain", "launch/pretrain.py", "launch/finetune.py", "submit")
+    entries = ("config check", "config explain", "launch", "launch/pretrain.py", "launch/finetune.py", "submit")
     return attacks(dict.fromkeys(entries, 78), words)
 
 
@@ -416,7 +420,7 @@ def a_checkpoint_that_is_a_link_to_a_folder_outside(place: Place) -> Path:
     return run
 
 
-@attacks({"status": 0}, lambda entry, run: [run])
+@attacks({"status": 0, "stop": 78}, lambda entry, run: [run])
 def a_run_whose_records_command_a_terminal(place: Place) -> Path:
     run = small(place, **{"train: embedded:": f"train: {json.dumps(ESCAPE)} # "}).rename(
         place.file("run/config.yaml", "")

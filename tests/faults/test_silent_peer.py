@@ -4,17 +4,14 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import REPOSITORY, Job, start_pretrain
+from tests.support.processes import Job, start_pretrain
 from tests.support.small_run import LIGHT, metrics, write_config
 
 STEP_TIMEOUT_S = 4
@@ -168,78 +165,3 @@ def test_f18_the_survivor_of_a_killed_rank_names_it_beside_what_the_backend_said
     # A loader's worker that outlives its rank keeps connections open; then the step's time is up first.
     assert re.search(r"Connection|Broken pipe|has been at step", said), said
     assert "Traceback" not in said
-
-
-@pytest.mark.sweep
-def test_f19_two_halves_of_a_cut_network_both_end_in_time_and_neither_publishes(tmp_path: Path, shards: Path) -> None:
-    """Needs root: each rank runs in a network namespace of its own, as on a host of its own."""
-    config = write_config(tmp_path, shards)
-    run = tmp_path / "run"
-    arguments = ("--config", config, "--run-dir", run, *ENDLESS, "checkpoint.every_steps=20")
-    with two_hosts(f"swin{os.getpid()}") as hosts:
-        processes = [start_on(hosts, rank, tmp_path, *arguments) for rank in range(2)]
-        try:
-            end = time.monotonic() + DEADLINE_S
-            while not has_reached(run, 22, [process.poll() for process in processes]):
-                assert time.monotonic() < end
-                time.sleep(0.02)
-            ip("-n", hosts[1], "link", "set", "wire", "down")
-            started = time.monotonic()
-            codes = [process.wait(DEADLINE_S) for process in processes]
-            seconds = time.monotonic() - started
-        finally:
-            for process in processes:
-                process.kill()
-    outputs = [(tmp_path / f"output-{rank}").read_text() for rank in range(2)]
-    assert codes == [75, 75], outputs
-    assert seconds < IN_TIME_S
-    for rank in range(2):
-        other = f"rank {1 - rank} on {hosts[1 - rank]}"
-        assert re.search(rf"error: rank {rank} on .*: {other} no longer answers, last seen at step \d+", outputs[rank])
-    step = int(metrics(run)[-1]["step"])
-    published = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    assert published == [f"step-{saved:08d}" for saved in range(20, step + 1, 20)][-3:]
-    assert step < 40, "the job went on for long enough after the cut to prove nothing"
-
-
-@contextmanager
-def two_hosts(name: str) -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a wire between them; each calls its end ``wire``."""
-    hosts = (f"{name}a", f"{name}b")
-    try:
-        for host in hosts:
-            ip("netns", "add", host)
-            ip("-n", host, "link", "set", "lo", "up")
-        ip("-n", hosts[0], "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", hosts[1])
-        for number, host in enumerate(hosts, 1):
-            ip("-n", host, "addr", "add", f"10.77.0.{number}/24", "dev", "wire")
-            ip("-n", host, "link", "set", "wire", "up")
-        yield hosts
-    finally:
-        for host in hosts:
-            subprocess.run(["ip", "netns", "del", host], check=False)
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-def start_on(hosts: tuple[str, str], rank: int, folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "10.77.0.1",
-        "MASTER_PORT": "29511",
-        "GLOO_SOCKET_IFNAME": "wire",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    limit = f"cluster.step_timeout_s={STEP_TIMEOUT_S}"
-    command: list[object] = ["ip", "netns", "exec", hosts[rank], "unshare", "--uts"]
-    command += ["sh", "-c", 'hostname "$0"; exec "$@"', hosts[rank]]
-    command += [sys.executable, REPOSITORY / "launch" / "pretrain.py", *arguments, limit]
-    with (folder / f"output-{rank}").open("wb") as output:
-        return subprocess.Popen([*map(str, command)], env=environment, stdout=output, stderr=output)

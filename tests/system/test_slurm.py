@@ -115,10 +115,11 @@ def test_f16_five_lives_of_a_job_give_the_loss_curve_of_an_unbroken_run(cluster:
     assert checkpoint_steps(run)[-1] == num_steps(run)
 
     cluster.wait_for_steps(job, run, 10)
-    urgent = slurm.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 1")
+    urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    preemptor = slurm.run("sbatch", "--parsable", *urgent)
     cluster.wait_for_requeue(job, restarts=2)
     assert checkpoint_steps(run)[-1] == num_steps(run)
-    slurm.wait(urgent, "COMPLETED")
+    slurm.wait(preemptor, "COMPLETED")
 
     cluster.wait_for_steps(job, run, 10)
     slurm.run("scancel", "--batch", "--signal=TERM", job)
