@@ -97,6 +97,14 @@ class Slurm:
             assert time.monotonic() < end, f"job {number} is {found['JobState']}, not {states}: {found}{self.logs()}"
             time.sleep(0.2)
 
+    def clear(self) -> None:
+        """Cancel all jobs, wait for their ends, and give every node back."""
+        self.try_to("scancel", "--user", "root")
+        end = time.monotonic() + 40
+        while self.try_to("squeue", "--noheader").stdout and time.monotonic() < end:
+            time.sleep(0.2)
+        self.try_to("scontrol", "update", "NodeName=n[1-2]", "State=RESUME")
+
     def logs(self) -> str:
         texts = [f"\n== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in self.root.glob("*.log")]
         return "".join(texts)
@@ -169,10 +177,7 @@ def _until(it: Slurm, is_there: Callable[[], bool], what: str) -> None:
 
 
 def _end(it: Slurm) -> None:
-    it.try_to("scancel", "--user", "root")
-    end = time.monotonic() + 40
-    while it.try_to("squeue", "--noheader").stdout and time.monotonic() < end:
-        time.sleep(0.2)
+    it.clear()
     for daemon in reversed(it.daemons):
         daemon.send_signal(signal.SIGTERM)
         try:

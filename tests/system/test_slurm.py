@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -77,6 +78,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[
         yield Cluster(it, folder, write_config(folder, shards))
 
 
+@pytest.fixture(autouse=True)
+def _no_job_is_left(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.slurm.clear()
+
+
 def num_steps(run: Path) -> int:
     path = run / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
@@ -94,6 +101,17 @@ def pid_of_rank_zero(run: Path) -> int:
     found = re.match(r"pid (\d+)", (run / ".lock").read_text())
     assert found
     return int(found[1])
+
+
+def ranks_of(run: Path) -> list[int]:
+    """Processes that train in a run directory, from their first moment on."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile
+            words = path.read_bytes().split(b"\0")
+            if Path(words[0].decode()).name.startswith("python") and str(run).encode() in words:
+                found.append(int(path.parent.name))
+    return found
 
 
 def checkpoint_steps(run: Path) -> list[int]:
@@ -189,13 +207,23 @@ def test_f16_a_time_limit_a_drained_node_and_a_cancelled_job_lose_nothing(cluste
     assert checkpoint_steps(run)[-1] == num_steps(run) == found["checkpoint"]["step"]
 
 
-def test_f16_a_file_asks_a_job_to_stop_for_good(cluster: Cluster, tmp_path: Path) -> None:
+def test_f16_a_signal_while_ranks_start_requeues_a_job_and_a_file_stops_it_for_good(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     run, slurm = tmp_path / "run", cluster.slurm
     job = cluster.submit(run, *LIGHT, "optim.total_steps=2000")
+    end = time.monotonic() + DEADLINE_S
+    while len(ranks_of(run)) < 2:
+        assert time.monotonic() < end, cluster.log(job)
+        time.sleep(0.1)
+    slurm.run("scancel", "--signal=USR1", job)
+    assert num_steps(run) == 0
+    cluster.wait_for_requeue(job, restarts=1)
+
     cluster.wait_for_steps(job, run, 5)
-    (run / "stop").touch()
+    slurm.run(sys.executable, "-m", "swinv2_scale", "stop", run)
     ended = slurm.wait(job, "FAILED")
-    assert (ended["ExitCode"], ended["Restarts"]) == ("85:0", "0")
+    assert (ended["ExitCode"], ended["Restarts"]) == ("85:0", "1")
     assert status(run)["state"] == "stopped"
 
     # Started again with less than it was begun for, it ends with what the run directory says, and isn't requeued.
