@@ -11,7 +11,7 @@ ifeq ($(DS_ACCELERATOR),)
 unexport DS_ACCELERATOR
 endif
 
-.PHONY: setup pretrain test test-faults check clean
+.PHONY: setup pretrain test test-system test-faults check clean
 
 setup: .venv/installed
 
@@ -33,6 +33,11 @@ pretrain: setup
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# On a real Slurm, real ssh hosts and network namespaces of this machine; root's apt-get installs what is missing.
+test-system: .venv/installed-dev
+	tests/system/install.sh
+	$(BIN)/python -m pytest -q -m system tests $(ARGS)
 
 # What takes too long for every change: real kills at every step, a chain of fifty, a crash after every file operation
 # of a save, cut networks. Under an hour; docs/resume.md says what it printed.

@@ -43,7 +43,7 @@ train() {
 judge() {
     local status=(python -m swinv2_scale status "$run" --exit-code)
     if [ "${#srun_options[@]}" -gt 0 ]; then
-        status=(srun --nodes=1 --ntasks=1 "${srun_options[@]}" "${status[@]}") # python may be in a container alone
+        status=(srun --nodes=1 --ntasks=1 --overlap "${srun_options[@]}" "${status[@]}") # python may be in a container alone
     fi
     "${status[@]}"
 }
@@ -58,6 +58,8 @@ fi
 judge
 verdict=$?
 
+# A signal to the tasks alone, while they were being started, ends them before they can save anything.
+case $code in 138 | 143) is_told=yes ;; esac
 if [ "$verdict" -eq 85 ] && [ -z "$is_told" ] && [ "$(count_lives)" -eq "$lives_before" ]; then
     say "the ranks never opened the run directory; starting them again would end the same way"
     exit $((code ? code : 1))

@@ -65,7 +65,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     print(printable(f"job {job}: {arguments.config} on {arguments.nodes} x {arguments.gpus_per_node} GPUs"))
     print(printable(f"  log     {log}"))
     print(printable(f"  follow  swinv2-scale status {shlex.quote(str(run))}"))
-    print(printable(f"  stop    touch {shlex.quote(str(run / 'stop'))}  (saves; submit it again to go on)"))
+    print(printable(f"  stop    swinv2-scale stop {shlex.quote(str(run))}"))
 
 
 def _checked(arguments: argparse.Namespace) -> tuple[LoadedConfig, list[str]]:

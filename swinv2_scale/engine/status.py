@@ -26,12 +26,15 @@ from swinv2_scale.engine.checkpoint import PREFIX, Checkpoint, read
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.errors import CheckpointError, ConfigError, ExitCode
 
-#: So many lives in a row that began at one step, ended badly and saved nothing: one more would be no better.
+#: So many lives in a row that began at one step and saved nothing: one more would be no better.
 FRUITLESS_LIVES = 3
 #: Rows that rates are reckoned from.
 _RECENT = 50
 _METRICS_BYTES, _LIST_BYTES = 256 * 2**10, 16 * 2**20
 _CONFIG_BYTES = 2**20
+
+#: How lives end that another one may follow; None: killed.
+_TO_START_AGAIN = (None, ExitCode.PEER_LOST, ExitCode.STOPPED)
 
 State = Literal["not begun", "running", "finished", "stopped", "killed", "failed"]
 
@@ -128,9 +131,9 @@ class RunStatus:
         if self.state in ("finished", "not begun"):
             return ExitCode.DONE if self.state == "finished" else ExitCode.STOPPED
         code = self.lives[-1].exit_code
-        if code is None or code == ExitCode.PEER_LOST:
+        if code in _TO_START_AGAIN:
             return ExitCode.PEER_LOST if _is_going_round(self.lives, self.checkpoint) else ExitCode.STOPPED
-        return code
+        return code or ExitCode.DONE
 
     def to_json(self) -> dict[str, Any]:
         """For scripts."""
@@ -213,12 +216,15 @@ def _state(
 
 
 def _is_going_round(lives: Sequence[Life], newest: Checkpoint | None) -> bool:
-    """Whether the last lives were all killed, or lost a rank, without a checkpoint that the ones before hadn't."""
+    """Whether the last lives all ended without a checkpoint that the ones before hadn't, and without an error.
+
+    One that was asked to stop after its first step would have saved.
+    """
     recent = lives[-FRUITLESS_LIVES:]
     saved = newest.step if newest else 0
     began_there = all(life.from_step is None or life.from_step >= saved for life in recent)
-    is_lost = all(life.exit_code in (None, ExitCode.PEER_LOST) for life in recent)
-    return len(recent) == FRUITLESS_LIVES and began_there and is_lost
+    can_go_on = all(life.exit_code in _TO_START_AGAIN for life in recent)
+    return len(recent) == FRUITLESS_LIVES and began_there and can_go_on
 
 
 def _holder(lock: Path) -> tuple[bool, str]:

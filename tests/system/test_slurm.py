@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not is_installed(), reason="Slurm is not installed; tests/system/install.sh does that"),
 ]
 
-OVERRIDES = (*LIGHT, "optim.total_steps=120", "checkpoint.every_steps=50")
+OVERRIDES = (*LIGHT, "optim.total_steps=90", "checkpoint.every_steps=40")
 #: The site of these tests: this interpreter. With an option of srun, so that judging goes through a step, too.
 SITE = f"""
 prepare() {{
@@ -115,10 +115,11 @@ def test_f16_five_lives_of_a_job_give_the_loss_curve_of_an_unbroken_run(cluster:
     assert checkpoint_steps(run)[-1] == num_steps(run)
 
     cluster.wait_for_steps(job, run, 10)
-    urgent = slurm.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 1")
+    urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    preemptor = slurm.run("sbatch", "--parsable", *urgent)
     cluster.wait_for_requeue(job, restarts=2)
     assert checkpoint_steps(run)[-1] == num_steps(run)
-    slurm.wait(urgent, "COMPLETED")
+    slurm.wait(preemptor, "COMPLETED")
 
     cluster.wait_for_steps(job, run, 10)
     slurm.run("scancel", "--batch", "--signal=TERM", job)
@@ -146,7 +147,9 @@ def test_f16_a_recipes_stages_run_one_after_another_though_the_first_is_requeued
     (stages / "second.yaml").write_text(f"extends: ../small.yaml\ninit_from: {first}\n")
     size = ("--nodes", 2, "--gpus-per-node", 1, "--cpus-per-task", 1, "--site", cluster.folder / "site.sh")
     chain = (REPOSITORY / "launch" / "slurm" / "chain.sh", "stages/first.yaml", "stages/second.yaml", "--")
-    said = slurm.run("env", f"PYTHON={sys.executable}", *chain, *size, *OVERRIDES, cwd=cluster.folder)
+    said = slurm.run(
+        "env", f"PYTHON={sys.executable}", *chain, *size, *LIGHT, "optim.total_steps=50", cwd=cluster.folder
+    )
     jobs = re.findall(r"yaml: job (\d+)", said)
     assert len(jobs) == 2, said
 

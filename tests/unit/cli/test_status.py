@@ -112,10 +112,12 @@ def test_attempts_that_never_became_lives_count_among_those_that_get_nowhere(run
     assert judged(run) == ("failed", 75)
 
 
-def test_a_life_that_was_asked_to_stop_is_not_one_that_got_nowhere(run: Path) -> None:
-    for number, end in enumerate(({}, {}, {"exit_code": 85}, {})):
-        live(run, f"life-{number}", **end)
-    assert judged(run) == ("killed", 85)
+def test_lives_that_are_stopped_before_they_can_train_get_nowhere_either(run: Path) -> None:
+    """A time limit that is shorter than cluster.grace_s, say."""
+    for number in range(FRUITLESS_LIVES):
+        assert judged(run)[1] == 85
+        live(run, f"life-{number}", exit_code=85)
+    assert judged(run) == ("failed", 75)
 
 
 #: Takes a run's lock as a job does, and keeps it until it is told to end.
