@@ -46,6 +46,7 @@ from swinv2_scale.data.shards.manifest import (
     write_manifest,
 )
 from swinv2_scale.engine.checkpoint import FileRecord, _digest, manifest_text
+from swinv2_scale.engine.resume import versions
 from swinv2_scale.weights.api import save_weights
 from swinv2_scale.weights.facts import Facts
 from tests.support import processes
@@ -172,7 +173,7 @@ def config() -> Callable[[Any], Any]:
         first, *overrides = made
         return ["--config", first, "--run-dir", "run", *overrides] if entry.startswith("launch/") else made
 
-    return attacks(dict.fromkeys(("config check", "config explain", "launch/pretrain.py"), 78), words)
+    return attacks(dict.fromkeys(("config check", "config explain", "doctor", "launch/pretrain.py"), 78), words)
 
 
 def small(place: Place, **replacements: str) -> Path:
@@ -230,7 +231,7 @@ def brackets_without_end(place: Place) -> list[object]:
     return [place.file("x.yaml", f"a: {DEEP[:20_000]}")]
 
 
-@attacks({"config check": 0, "config explain": 0}, lambda entry, made: made)
+@attacks({"config check": 0, "config explain": 0, "doctor": 0}, lambda entry, made: made)
 def text_that_is_markup(place: Place) -> list[object]:
     return [small(place), f"data.shards_dir={json.dumps(f'[/red]{ESCAPE}')}"]
 
@@ -659,6 +660,7 @@ def test_f13_nothing_runs_and_nothing_outside_is_touched(
     place: Place, capsys: pytest.CaptureFixture[str], entry: str, code: int, attack: Callable[[Place], list[object]]
 ) -> None:
     words = attack(place)
+    versions()  # asks git, once a process
     capsys.readouterr()
     with watched(place) as happened:
         found = ends_with(entry, words)
