@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from swinv2_scale.errors import ClusterError, OutputError, PeerLostError, ScaleError
+from swinv2_scale.launchers.place import adopt
 
 T = TypeVar("T")
 
@@ -35,9 +36,8 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Processes on this node; DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
-    environ = os.environ
-    return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("WORLD_SIZE", "1"))
+    """Processes on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def device() -> torch.device:
@@ -51,19 +51,13 @@ def start(timeout_s: int) -> None:
     Raises:
         ClusterError: the launcher's environment is incomplete, or more processes than GPUs were started.
     """
-    if world_size() > 1 and ("MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ):
-        raise ClusterError(
-            f"WORLD_SIZE is {world_size()} but MASTER_ADDR or MASTER_PORT is not set",
-            "start with `deepspeed launch/...`, or unset RANK and WORLD_SIZE for one plain process",
-        )
-    # DeepSpeed reads these from the environment even where there is one process.
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        os.environ.setdefault(name, value)
+    adopt()  # DeepSpeed reads the environment even where there is one process
     if torch.cuda.is_available():
         if local_world_size() > torch.cuda.device_count():
             raise ClusterError(
                 f"{local_world_size()} processes on a node that shows {torch.cuda.device_count()} GPUs",
-                "start one process per GPU, and let every process see all of them (CUDA_VISIBLE_DEVICES)",
+                "start one process per GPU, and let every process see all of them (CUDA_VISIBLE_DEVICES; in Slurm "
+                "--gpus-per-node instead of --gpus-per-task)",
             )
         torch.cuda.set_device(local_rank())
         # Resuming to the same bits needs the same sums: no atomics in convolutions, no autotuned choice of kernels.

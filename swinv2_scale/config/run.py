@@ -203,6 +203,8 @@ class ClusterConfig(Section):
     timeout_s: PositiveInt = 1800
     #: How long any later step may take, with the wait for its samples; then the job ends with 75 and says who is late.
     step_timeout_s: PositiveInt = 300
+    #: A job under Slurm stops and saves so long before its time limit, and the longest step that it has seen.
+    grace_s: NonNegativeInt = 120
 
 
 class RunConfig(Section):

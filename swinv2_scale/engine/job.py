@@ -14,7 +14,7 @@ import torch
 
 from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
-from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.run import ClusterConfig, RunConfig
 from swinv2_scale.data.ledger import Quarantined
 from swinv2_scale.engine import activation_checkpointing, checkpoint, evaluate, random_states, restore, zero
 from swinv2_scale.engine.accounting import Accounting
@@ -25,7 +25,7 @@ from swinv2_scale.engine.inputs import Inputs, open_inputs
 from swinv2_scale.engine.loop import Loop
 from swinv2_scale.engine.optim import build_optimizer
 from swinv2_scale.engine.output import Output
-from swinv2_scale.engine.preemption import StopRequest
+from swinv2_scale.engine.preemption import StopRequest, end_of_slurm_job
 from swinv2_scale.engine.resume import Resume, facts_of, find_checkpoint, plain, read_state, versions
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.saving import Saver
@@ -33,6 +33,9 @@ from swinv2_scale.engine.start import begin_again, first_values, settle
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.engine.watchdog import Watchdog
 from swinv2_scale.errors import CheckpointError, ClusterError, ConfigError, ExitCode
+from swinv2_scale.launchers import place as launchers
+from swinv2_scale.launchers.place import Place
+from swinv2_scale.launchers.processes import Process, hostfile_of, own_launcher
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.tasks.simmim import SimMIMTask
 from swinv2_scale.telemetry.console import ProgressLine, log, log_to_file, start_logging
@@ -56,12 +59,15 @@ def run_job(loaded: LoadedConfig, options: JobOptions) -> ExitCode:
     Raises:
         ScaleError: on every rank the same one.
     """
-    start_logging(dist.rank())
-    stop_request = StopRequest()
-    _check_cluster(loaded.config)
-    dist.start(loaded.config.cluster.timeout_s)
-    directory = RunDirectory(options.run_dir)
-    watchdog = Watchdog(loaded.config.cluster, directory.log(dist.rank()))
+    cluster, directory = loaded.config.cluster, RunDirectory(options.run_dir)
+    place, launcher = launchers.adopt(), own_launcher()
+    start_logging(place.rank)
+    stop_request = StopRequest(
+        launcher, directory.stop if place.rank == 0 else None, end_of_slurm_job(), cluster.grace_s
+    )
+    _check_cluster(cluster, place, launcher)
+    dist.start(cluster.timeout_s)
+    watchdog = Watchdog(cluster, directory.log(dist.rank()))
     try:
         with dist.peers_may_be_lost("training", watchdog.who_is_missing):
             watchdog.start()
@@ -248,15 +254,16 @@ class _BetweenSteps:
             log().warning("step %d: %d damaged %s samples %s, one: %s", step, len(lost), use, done, lost[0].cause)
 
 
-def _check_cluster(config: RunConfig) -> None:
+def _check_cluster(cluster: ClusterConfig, place: Place, launcher: list[Process]) -> None:
     """Before the processes join: a wrong hostfile makes DeepSpeed train on one node, without an error."""
-    asked, found = config.cluster.world_size, dist.world_size()
-    nodes = found // dist.local_world_size()
+    hostfile = hostfile_of(launcher)
     problem = None
-    if asked is not None and asked != found:
-        problem = f"cluster.world_size is {asked}, the launcher started {found} processes"
-    elif config.cluster.num_nodes is not None and config.cluster.num_nodes != nodes:
-        problem = f"cluster.num_nodes is {config.cluster.num_nodes}, the launcher started processes on {nodes}"
+    if hostfile is not None and not hostfile.exists():
+        problem = f"there is no hostfile {hostfile}"
+    elif cluster.world_size not in (None, place.world_size):
+        problem = f"cluster.world_size is {cluster.world_size}, the launcher started {place.world_size} processes"
+    elif cluster.num_nodes not in (None, place.num_nodes):
+        problem = f"cluster.num_nodes is {cluster.num_nodes}, the launcher started processes on {place.num_nodes}"
     if problem:
         raise ClusterError(problem, "check the hostfile's path and contents (DeepSpeed goes on without it), or the key")
 

@@ -182,8 +182,9 @@ class Loop:
         if saver.is_pending and not num_busy:
             saver.advance()
         if must_stop:
-            name = self.stop_request.signal.name if self.stop_request.signal else "a signal to another rank"
-            log().info("stopping after step %d: %s", self.state.step, name)
+            log().info(
+                "stopping after step %d: %s", self.state.step, self.stop_request.reason or "another rank was asked to"
+            )
         return bool(must_stop)
 
     def _may_step(self, loss: float, grad_norm: float) -> bool:

@@ -71,6 +71,11 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def stop(self) -> Path:
+        """A file that asks the running job to save and stop; the next life deletes it."""
+        return self.root / "stop"
+
+    @property
     def staging(self) -> Path:
         """Where this life writes checkpoints before they are published."""
         return self.checkpoints / f"{PART}{self.life}"
@@ -91,6 +96,7 @@ class RunDirectory:
         self.life = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             self._end_other_lives()
+            self.stop.unlink(missing_ok=True)
             self.staging.mkdir()
         except OSError as error:
             self.close()

@@ -30,9 +30,10 @@ LAYERS = {
     "geometry": 0,
     "errors": 0,
     "durable": 0,
+    "launchers": 0,
 }
 BLIND_TO_EACH_OTHER = {"models", "weights", "data"}
-NEVER_TORCH = {"config", "geometry", "errors", "durable"}
+NEVER_TORCH = {"config", "geometry", "errors", "durable", "launchers"}
 
 
 @dataclass(frozen=True)
