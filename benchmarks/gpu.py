@@ -76,6 +76,7 @@ COLUMNS = (
 SMALL = (
     *("model.image_size=32", "model.window_size=4", "model.embed_dim=16", "model.depths=[1,1]"),
     *("model.num_heads=[2,4]", "task.mask_patch_size=8", "task.target_norm_window=0"),
+    *("data.global_batch_size=2", "data.micro_batch_size=2"),
     *("engine.reduce_bucket_elements=1_000_000", "engine.prefetch_bucket_elements=10_000"),
 )
 
@@ -105,6 +106,10 @@ class Case:
         size = self.micro_batch or own.data.micro_batch_size
         sizes = [f"data.global_batch_size={size}", f"data.micro_batch_size={size}"]
         return load_config(path, [*self.overrides, *extra, *sizes]).config
+
+
+#: Its micro-batch is an override, which an override on the command line replaces.
+SMOKE = Case("tiny", 3, is_small=True)
 
 
 def cases(models: list[str]) -> list[Case]:
@@ -138,7 +143,7 @@ def main() -> None:
     print(f"- command: `.venv/bin/python benchmarks/gpu.py {' '.join(sys.argv[1:])}`")
     print(f"- {arguments.steps} timed steps a case after 3 that are not; one process; seconds are medians\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    wanted = [Case("tiny", 3, is_small=True, micro_batch=2)] if arguments.smoke else cases(arguments.models)
+    wanted = [SMOKE] if arguments.smoke else cases(arguments.models)
     left = run_all(wanted, arguments)
     print(f"\n{left} cases were left out: the budget of {arguments.budget_s} s was spent." if left else "")
 
@@ -192,7 +197,7 @@ def in_process(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"failed": last[:120].replace("|", "/")}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line[:1] == "{"))
     return found
 
 
@@ -235,7 +240,9 @@ def measure(case: Case, num_steps: int, extra: list[str]) -> dict[str, Any]:
     dist.start(600)
     try:
         seconds, peak = timed_steps(config, num_steps)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # of a CPU
+            raise
         return {"failed": "out of memory", "micro_batch": size}
     finally:
         dist.stop()
