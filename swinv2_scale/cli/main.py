@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from swinv2_scale.cli import checkpoint, config, models, shards
+from swinv2_scale.cli import checkpoint, config, models, plan, shards
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
@@ -14,6 +14,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser("swinv2-scale", "Swin Transformer V2, from Tiny to SwinV2-G.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     config.add_commands(commands)
+    plan.add_commands(commands)
     shards.add_commands(commands)
     models.add_commands(commands)
     checkpoint.add_commands(commands)
