@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 
 
-def describe_machine() -> str:
-    """CPU, cores, memory."""
+def describe_machine(gpu: str = "no GPU used") -> str:
+    """CPU, cores, memory, GPU."""
     memory = psutil.virtual_memory().total / 2**30
-    return f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, no GPU used"
+    return f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {gpu}"
 
 
 def describe_versions(*packages: str) -> str:

@@ -222,3 +222,9 @@ def _advice(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space, then start the same command again"
     return "check permissions" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
+
+
+def all_gather_into(whole: Tensor, values: Tensor) -> Tensor:
+    """Every rank's values in rank order, along the first axis of ``whole``, which is returned."""
+    torch_dist.all_gather_into_tensor(whole, values)
+    return whole

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
-from swinv2_scale.cli import checkpoint, config, launch, models, shards, status, submit
+from swinv2_scale.cli import checkpoint, config, doctor, launch, models, plan, shards, status, submit
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
@@ -12,11 +13,15 @@ from swinv2_scale.errors import ScaleError
 def make_parser() -> ArgumentParser:
     """Every command and its options."""
     parser = ArgumentParser("swinv2-scale", "Swin Transformer V2, from Tiny to SwinV2-G.")
+    # The deepspeed launcher's, before the words of `deepspeed --module swinv2_scale COMMAND`.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     config.add_commands(commands)
+    plan.add_commands(commands)
     shards.add_commands(commands)
     models.add_commands(commands)
     checkpoint.add_commands(commands)
+    doctor.add_commands(commands)
     status.add_commands(commands)
     submit.add_commands(commands)
     launch.add_commands(commands)

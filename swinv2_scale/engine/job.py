@@ -21,6 +21,7 @@ from swinv2_scale.engine.accounting import Accounting
 from swinv2_scale.engine.amplitudes import AmplitudeMeter
 from swinv2_scale.engine.deepspeed_config import accumulation_steps, read_back, translate
 from swinv2_scale.engine.deepspeed_import import deepspeed, deepspeed_logger
+from swinv2_scale.engine.doctor.storage import check_before_training
 from swinv2_scale.engine.inputs import Inputs, open_inputs
 from swinv2_scale.engine.loop import Loop
 from swinv2_scale.engine.optim import build_optimizer
@@ -41,7 +42,7 @@ from swinv2_scale.tasks.simmim import SimMIMTask
 from swinv2_scale.telemetry.console import ProgressLine, log, log_to_file, start_logging
 from swinv2_scale.weights.api import Loading
 
-_TASKS = {"simmim": SimMIMTask}
+TASKS = {"simmim": SimMIMTask}
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _run(
     inputs = open_inputs(config)
     watchdog.enter("looking for a checkpoint")
     found, state, loaded = find_checkpoint(options.resume, directory, loaded, inputs.train)
-    task_type = _TASKS[config.task.name]
+    task_type = TASKS[config.task.name]
     loaded, loading = (loaded, None) if found else settle(loaded, task_type)
     config, inputs = loaded.config, replace(inputs, config=loaded.config)
     last_step = min(options.last_step or config.optim.total_steps, config.optim.total_steps)
@@ -148,6 +149,7 @@ def _run(
         _say_reached(state, config, directory)
         return ExitCode.DONE
 
+    dist.on_rank_zero(lambda: check_before_training(config, directory.checkpoints), "looking at the disk")
     task: Task = task_type(config)
     watchdog.enter("building the model")
     engine = build_engine(config, task, loading, will_load=found is not None)

@@ -46,6 +46,7 @@ from swinv2_scale.data.shards.manifest import (
     write_manifest,
 )
 from swinv2_scale.engine.checkpoint import FileRecord, _digest, manifest_text
+from swinv2_scale.engine.resume import versions
 from swinv2_scale.weights.api import save_weights
 from swinv2_scale.weights.facts import Facts
 from tests.support import processes
@@ -179,7 +180,8 @@ def config() -> Callable[[Any], Any]:
             return ["deepspeed", "launch/pretrain.py", *training]
         return training if entry.startswith("launch/") else made
 
-    entries = ("config check", "config explain", "launch", "launch/pretrain.py", "launch/finetune.py", "submit")
+    scripts = ("launch/pretrain.py", "launch/finetune.py")
+    entries = ("config check", "config explain", "doctor", "launch", "plan", *scripts, "submit")
     return attacks(dict.fromkeys(entries, 78), words)
 
 
@@ -238,7 +240,7 @@ def brackets_without_end(place: Place) -> list[object]:
     return [place.file("x.yaml", f"a: {DEEP[:20_000]}")]
 
 
-@attacks({"config check": 0, "config explain": 0}, lambda entry, made: made)
+@attacks({"config check": 0, "config explain": 0, "doctor": 0}, lambda entry, made: made)
 def text_that_is_markup(place: Place) -> list[object]:
     return [small(place), f"data.shards_dir={json.dumps(f'[/red]{ESCAPE}')}"]
 
@@ -681,6 +683,7 @@ def test_f13_nothing_runs_and_nothing_outside_is_touched(
     place: Place, capsys: pytest.CaptureFixture[str], entry: str, code: int, attack: Callable[[Place], list[object]]
 ) -> None:
     words = attack(place)
+    versions()  # asks git, once a process
     capsys.readouterr()
     with watched(place) as happened:
         found = ends_with(entry, words)

@@ -125,10 +125,14 @@ class Job:
         return Finished(codes, [rank.output for rank in self.ranks])
 
 
-def start(script: Path, *arguments: object, processes: int = 1) -> Job:
-    """Start ``script`` as so many ranks of one job; one rank gets no launcher's environment at all."""
+def start(script: Path, *arguments: object, processes: int = 1, **variables: str) -> Job:
+    """Start ``script`` as so many ranks of one job; one rank gets no launcher's environment at all.
+
+    Args:
+        variables: more of the ranks' environment.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment |= variables | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     port = _free_port()
     logs = Path(tempfile.mkdtemp(dir=zygote().logs.name))
     ranks = []
@@ -149,8 +153,8 @@ def pretrain(*arguments: object, processes: int = 1) -> Finished:
     return start_pretrain(*arguments, processes=processes).wait()
 
 
-def start_pretrain(*arguments: object, processes: int = 1) -> Job:
-    return start(REPOSITORY / "launch" / "pretrain.py", *arguments, processes=processes)
+def start_pretrain(*arguments: object, processes: int = 1, **variables: str) -> Job:
+    return start(REPOSITORY / "launch" / "pretrain.py", *arguments, processes=processes, **variables)
 
 
 def wait_for_step(run: Path, step: int, job: Job) -> None:

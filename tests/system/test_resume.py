@@ -11,6 +11,7 @@ import torch
 
 from swinv2_scale.data.shards.writer import write_shards
 from swinv2_scale.data.sources.embedded import fashion_mnist
+from swinv2_scale.engine.checkpoint import find, verify
 from tests.support.processes import pretrain, start_pretrain, wait_for_step
 from tests.support.small_run import LIGHT, metrics, write_config
 
@@ -86,6 +87,35 @@ def test_f16_a_signal_to_one_rank_saves_and_stops_all_with_85(
     step = metrics(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
     assert metrics(tmp_path / "run") == metrics(unbroken)[:step]
+
+
+def test_f16_signals_while_a_checkpoint_is_written_stop_the_run_at_a_whole_one(
+    tmp_path: Path, config: Path, unbroken: Path
+) -> None:
+    run = tmp_path / "run"
+    job = start_pretrain("--config", config, "--run-dir", run, "checkpoint.every_steps=2", processes=2)
+    while not list((run / "checkpoints").glob(".part-*/step-*/*")):
+        assert all(rank.poll() is None for rank in job.ranks), job.wait().output
+        time.sleep(0.001)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        for rank in job.ranks:
+            rank.send_signal(number)
+    stopped = job.wait()
+    assert stopped.code == 85, stopped.output
+    newest = find(run / "checkpoints")[0]
+    verify(newest)
+    assert metrics(run) == metrics(unbroken)[: newest.step]
+
+
+def test_f16_a_job_under_slurm_saves_before_its_time_is_over(tmp_path: Path, config: Path) -> None:
+    end, grace_s = int(time.time()) + 40, 32  # the first step needs the rest
+    arguments = ("--config", config, "--run-dir", tmp_path / "run", *LIGHT)
+    endless = (f"cluster.grace_s={grace_s}", "optim.total_steps=1000000", "evaluation.every_steps=0")
+    job = start_pretrain(*arguments, *endless, processes=2, SLURM_JOB_END_TIME=str(end))
+    stopped = job.wait()
+    assert stopped.code == 85, stopped.output
+    assert time.time() < end
+    assert "the job's time ends at" in stopped.output
 
 
 def test_typed_again_a_finished_run_says_so_and_changes_nothing(config: Path, unbroken: Path) -> None:

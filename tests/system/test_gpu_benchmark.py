@@ -1,0 +1,59 @@
+"""benchmarks/gpu.py on a CPU: that it runs, and what it does with cases that fail. What it measures needs a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+BENCHMARK = REPOSITORY / "benchmarks" / "gpu.py"
+DEADLINE_S = 120
+
+
+def run(*arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(BENCHMARK), *arguments]
+    return subprocess.run(
+        command, env=environment, check=True, text=True, stdout=subprocess.PIPE, timeout=DEADLINE_S
+    ).stdout
+
+
+def rows(output: str) -> list[dict[str, str]]:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line[:1] == "|"]
+    header, _, *table = lines
+    return [dict(zip(header, line, strict=True)) for line in table]
+
+
+def test_the_smoke_test_measures_a_real_step() -> None:
+    (row,) = rows(run("--smoke", "--steps", "2", "--peak-tflops", "1"))
+    assert row["model"] == "tiny"
+    rate, step_s = float(row["images/s"]), float(row["s a step"])
+    # Two images a step; the table rounds to a tenth of an image, and to 0.1 ms of a step of some 50 ms.
+    assert rate == pytest.approx(2 / step_s, rel=0.02)
+    assert float(row["peak GiB"]) > 0.1
+
+
+@pytest.mark.system
+def test_a_case_that_takes_too_long_is_a_row_and_the_next_one_comes() -> None:
+    found = rows(run("--models", "tiny", "--case-s", "0.01", "--budget-s", "1"))
+    assert len(found) > 1
+    assert {row["s a step"] for row in found} == {"took more than 0 s"}
+
+
+@pytest.mark.system
+def test_where_memory_is_short_half_the_micro_batch_is_tried() -> None:
+    size = 2**34  # x 3 x 32 x 32 bytes: more than any machine has, also halved as often as there is time for
+    sizes = ("data.global_batch_size", "data.micro_batch_size")
+    found = rows(run("--smoke", "--case-s", "60", "--budget-s", "72", "--", *(f"{name}={size}" for name in sizes)))
+    assert {row["s a step"] for row in found} == {"out of memory"}
+    assert [int(row["micro-batch"]) for row in found] == [size >> number for number in range(len(found))]
+
+
+@pytest.mark.system
+def test_a_wrong_configuration_is_a_row_too() -> None:
+    (row,) = rows(run("--smoke", "--", "data.micro_batch_size=0"))
+    assert "micro_batch_size" in row["s a step"]
