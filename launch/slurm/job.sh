@@ -22,9 +22,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONUNBUFFERED=1
 # Since 22.05 srun doesn't take it from the job.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-# Slurm says this by itself since 23.02; the ranks stop in time before it.
-if [ -z "${SLURM_JOB_END_TIME:-}" ] && ends=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e) \
-    && ends=$(date --date "$ends" +%s 2>/dev/null); then
+# Slurm says this by itself since 23.02 (22.05 may hand on another job's); the ranks stop in time before it.
+unset SLURM_JOB_END_TIME
+if ends=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e) && ends=$(date --date "${ends:-none}" +%s 2>/dev/null); then
     export SLURM_JOB_END_TIME=$ends
 fi
 

@@ -1,5 +1,6 @@
 """F18 and F19: a rank that is stopped, stuck, killed or cut off is named by the others, which end in time."""
 
+import json
 import os
 import re
 import signal
@@ -141,6 +142,13 @@ def test_f18_its_log_has_the_stacks_of_all_its_threads(ended: dict[str, Ended], 
     assert "in train_step" in stacks or "in _boundary" in stacks  # where the main thread waits
     assert "watchdog.py" in stacks
     assert stacks.count("hread 0x") >= 3
+
+
+def test_f18_the_run_directory_says_who_was_missing_unless_the_one_that_writes_it_was(ended: dict[str, Ended]) -> None:
+    lives = [json.loads(line) for line in (ended["rank 1 stopped"].run / "lives.jsonl").read_text().splitlines()]
+    assert [life.get("exit_code") for life in lives] == [None, 75]
+    assert f"rank 1 on {HOST} no longer answers" in lives[1]["why"]
+    assert len((ended["rank 0 stopped"].run / "lives.jsonl").read_text().splitlines()) == 1
 
 
 def test_f18_a_rank_stuck_in_its_loader_is_named_with_its_phase_by_itself_and_by_the_other(

@@ -68,7 +68,7 @@ class Course:
 
     def start(self, run: Path) -> Life:
         """By two processes."""
-        lives, rows = len(_lines(run / "lives.jsonl")), _lines(run / "metrics.jsonl")
+        lives, rows = len(_starts(run)), _lines(run / "metrics.jsonl")
         return Life(run, start_pretrain(*self.arguments, "--run-dir", run, processes=2), lives, rows)
 
     def finish(self, run: Path) -> End:
@@ -120,7 +120,7 @@ class Life:
     @property
     def has_loaded(self) -> bool:
         """Whether training comes next: the line of this life is written when the checkpoint is loaded."""
-        return len(_lines(self.run / "lives.jsonl")) > self.lives_before
+        return len(_starts(self.run)) > self.lives_before
 
     @property
     def step(self) -> int:
@@ -132,7 +132,7 @@ class Life:
 
     @property
     def from_step(self) -> int:
-        return int(json.loads(_lines(self.run / "lives.jsonl")[-1])["from_step"])
+        return int(json.loads(_starts(self.run)[-1])["from_step"])
 
     @property
     def is_saving(self) -> bool:
@@ -254,6 +254,10 @@ def newest_step(run: Path) -> int:
         return open_run_or_checkpoint(run).step
     except CheckpointError:
         return 0
+
+
+def _starts(run: Path) -> list[str]:
+    return [line for line in _lines(run / "lives.jsonl") if line.startswith('{"started"')]
 
 
 def _lines(path: Path) -> list[str]:

@@ -142,6 +142,11 @@ def test_f09_one_process_reads_the_same_global_batches_as_two(tmp_path: Path, co
 
 def test_the_run_directory_holds_what_the_readme_lists(unbroken: Path) -> None:
     names = {path.name for path in unbroken.iterdir()}
+    lives = [json.loads(line) for line in (unbroken / "lives.jsonl").read_text().splitlines()]
+    assert [(life.get("from_step"), life.get("exit_code"), life.get("step")) for life in lives[:2]] == [
+        (0, None, None),
+        (None, 0, 20),
+    ]
     assert {"config.yaml", "metrics.jsonl", "lives.jsonl", "tensorboard", "panels", "checkpoints", "log"} <= names
     assert sorted(path.name for path in (unbroken / "log").iterdir()) == ["rank-0.log", "rank-1.log"]
     assert [path.name for path in sorted((unbroken / "panels").iterdir())] == [
