@@ -68,10 +68,9 @@ def _one(status: RunStatus) -> Table:
         rows.append(("resume", f"the same command goes on from there: {shlex.join(words)}"))
     first = max(len(status.lives) - _SHOWN_LIVES, 0)
     for number, life in enumerate(status.lives[first:], first + 1):
-        is_last_and_runs = number == len(status.lives) and status.state == "running"
         where = f"step {life.from_step}" if life.from_step is not None else "before training"
         until = f" to {life.step}" if life.step is not None else ""
-        ended = "runs" if is_last_and_runs else f"{_time(life.ended)} {life.reason}".strip()
+        ended = f"{_time(life.ended)} {status.ended(life)}".strip()
         processes = f" on {life.world_size} processes" if life.world_size else ""
         rows.append((f"life {number}", f"{_time(life.started)} {where}{until}{processes}; {ended}".strip()))
     for name, text in rows:

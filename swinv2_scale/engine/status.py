@@ -100,6 +100,11 @@ class RunStatus:
     quarantined: int
     anomalies: int
 
+    def ended(self, life: Life) -> str:
+        """How a life of it ended, in words; ``running`` while it goes on."""
+        is_last = life is self.lives[-1]
+        return "running" if is_last and self.state == "running" and life.exit_code is None else life.reason
+
     @property
     def total_steps(self) -> int | None:
         return self.config.optim.total_steps if self.config else None
@@ -151,7 +156,7 @@ class RunStatus:
             "loss": self.loss,
             "images_per_second": self.images_per_second,
             "seconds_left": self.seconds_left,
-            "lives": [{**vars(life), "reason": life.reason} for life in self.lives],
+            "lives": [{**vars(life), "reason": self.ended(life)} for life in self.lives],
             "checkpoint": found and {"step": found.step, "bytes": found.num_bytes, "age_s": self.checkpoint_age_s},
             "checkpoints": self.num_checkpoints,
             "quarantined": self.quarantined,

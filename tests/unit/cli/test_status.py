@@ -142,6 +142,7 @@ def test_looking_at_a_running_job_neither_writes_nor_keeps_it_from_its_lock(run:
         before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*")}
         assert judged(run) == ("running", 73)
         assert f"pid {job.pid} on {socket.gethostname()}, since" in read_status(run).reason
+        assert [life["reason"] for life in read_status(run).to_json()["lives"]] == ["running"]
         assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*")} == before
         job.communicate("", timeout=30)
     assert judged(run) == ("killed", 85)
