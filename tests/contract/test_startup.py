@@ -37,6 +37,12 @@ def test_a_valid_configuration_is_answered_without_torch(command):
     assert result.stderr == ""
 
 
+def test_a_plan_is_made_without_torch():
+    result = python(CHILD, "plan", QUICKSTART, "--gpus", "2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "exit code 0 False False"
+
+
 def test_a_broken_configuration_ends_with_78_and_a_message_without_torch(tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text((REPOSITORY / QUICKSTART).read_text().replace("total_steps", "totl_steps"))

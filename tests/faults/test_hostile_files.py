@@ -170,9 +170,11 @@ def attacks(codes: dict[str, int], words: Callable[[str, Any], list[object]]) ->
 def config() -> Callable[[Any], Any]:
     def words(entry: str, made: list[object]) -> list[object]:
         first, *overrides = made
+        if entry == "plan":
+            return [*made, "--gpus", 2]
         return ["--config", first, "--run-dir", "run", *overrides] if entry.startswith("launch/") else made
 
-    return attacks(dict.fromkeys(("config check", "config explain", "launch/pretrain.py"), 78), words)
+    return attacks(dict.fromkeys(("config check", "config explain", "plan", "launch/pretrain.py"), 78), words)
 
 
 def small(place: Place, **replacements: str) -> Path:
