@@ -99,14 +99,19 @@ def test_what_cannot_be_planned_is_said(capsys, words, message):
     assert message in refused(capsys, GIANT, *words)
 
 
-def test_shards_on_a_disk_here_are_counted(capsys, tmp_path):
-    entries = [ShardEntry(f"{n}.tar", 1000, 10**6, "0" * 64) for n in range(3)]
-    write_manifest(tmp_path, entries, {"jpg": 3000})
-    for entry in entries:
-        (tmp_path / entry.name).touch()
-    data = planned(capsys, GIANT, *ASKED, f"data.train={tmp_path}/*.tar")["data"]
-    assert (data["shards"], data["samples"]) == (3, 3000)
-    assert data["epochs"] == pytest.approx(151_900 * 9216 / 3000)
+@pytest.mark.parametrize(("pattern", "shards"), [("*.tar", 12), ("{00..02}.tar", 3), ("0?.tar", 10), ("11.tar", 1)])
+def test_shards_on_a_disk_here_are_counted(capsys, tmp_path, pattern, shards):
+    write_manifest(tmp_path, [ShardEntry(f"{n:02}.tar", 1000, 10**6, "0" * 64) for n in range(12)], {"jpg": 12_000})
+    data = planned(capsys, GIANT, *ASKED, f"data.train={tmp_path}/{pattern}")["data"]
+    assert (data["shards"], data["samples"]) == (shards, shards * 1000)
+    assert data["epochs"] == pytest.approx(151_900 * 9216 / (shards * 1000))
+
+
+@pytest.mark.parametrize(("pattern", "why"), [("*.tar", "manifest"), ("{a,b}.tar", "only a range of numbers")])
+def test_a_plan_is_made_without_them_too(capsys, tmp_path, pattern, why):
+    data = planned(capsys, GIANT, *ASKED, f"data.train={tmp_path}/{pattern}")["data"]
+    assert not data["is_known"]
+    assert why in data["why"]
 
 
 def test_shards_elsewhere_are_not_asked_for(capsys):
