@@ -103,6 +103,13 @@ def test_what_is_kept_and_the_most_at_once_are_as_planned(shape, precision, chec
     check(config, "cpu")
 
 
+@pytest.mark.parametrize("backend", ["eager", "sequential"])
+def test_fairscales_checkpoints_take_as_much(backend):
+    fields = (*SHAPES["two stages"], "engine.precision=bf16", f"model.attention.backend={backend}")
+    checkpointing = "engine.activation_checkpointing.backend=fairscale"
+    check(load_config(CONFIGS / "quickstart" / "simmim.yaml", [*COLOUR, *fields, checkpointing]).config, "cpu")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", ["eager", "sequential", "sdpa"])
 def test_what_is_kept_is_what_autograd_saves(precision, backend):
