@@ -131,9 +131,7 @@ def limits(configs: dict[str, RunConfig]) -> list[str]:
 
 def failures(config: RunConfig) -> list[str]:
     """Young's interval between checkpoints, and what stops cost, of G."""
-    lines = [
-        "| nodes | hours between stops | minutes between checkpoints | time lost | in files, one process, at once |"
-    ]
+    lines = ["| nodes | hours between stops | minutes between checkpoints | time lost | checkpoint, one process |"]
     lines.append("|---|---|---|---|---|")
     for nodes in (8, 64, 128, 1000):
         between_s = STOPS_DAYS * 86400 / STOPS * STOPS_NODES / nodes
@@ -143,7 +141,7 @@ def failures(config: RunConfig) -> list[str]:
         total, largest = checkpoint_bytes(Sharding.of(config, gpus))
         lines.append(
             f"| {nodes:,} | {between_s / 3600:.1f} | {interval_s / 60:.0f} | {lost:.1%} | "
-            f"{total / 2**30:.1f} GiB, {largest / 2**20:.1f} MiB, {3 * gpus:,} files |"
+            f"{total / 2**30:.1f} GiB in {3 * gpus:,} files, {largest / 2**20:.1f} MiB |"
         )
     return lines
 
