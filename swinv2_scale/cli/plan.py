@@ -153,7 +153,7 @@ def _memory_table(memory: dict[str, Any], config: RunConfig) -> Table:
         ("masters", "float32 masters", "of the part that this GPU updates"),
         ("moments", "moments" + (" and average" if config.optim.ema_decay is not None else ""), "float32"),
         ("gradients", "gradients", "at the end of backward"),
-        ("gathered", "gathered weights", "whole for a while (engine.max_live_elements)"),
+        ("gathered", "gathered weights", f"whole for a while; {_size(memory['always_whole'])} of small ones always"),
         ("buckets", "buckets", "gradients on their way (engine.reduce_bucket_elements)"),
         (
             "activations_peak",
