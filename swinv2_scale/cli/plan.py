@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from rich.console import Console
@@ -65,19 +68,51 @@ def _cluster(arguments: argparse.Namespace, config: RunConfig) -> Cluster:
 
 
 def _data(config: RunConfig) -> dict[str, Any]:
-    """What the training shards' manifests say, where they lie on a disk here."""
-    patterns = patterns_of(config.data.train)
-    if any(":" in pattern for pattern in patterns):
-        return {"is_known": False, "why": f"{patterns[0]} isn't on a disk here"}
-    from swinv2_scale.data.shards.shard_set import read_shard_set
+    """What the manifests of the training shards say, where they lie on a disk here.
 
-    try:
-        shards = read_shard_set(config.data.train, index_dir=config.data.index_dir)
-    except DataError as error:
-        return {"is_known": False, "why": error.message}
-    samples = sum(entry.samples for entry in shards.entries)
+    Manifests alone are read: finding shards as a run does would import webdataset, and torch with it.
+    """
+    from swinv2_scale.data.shards.manifest import MANIFEST_NAME, index_folder, read_manifest, split_location
+
+    shards = samples = 0
+    for pattern in patterns_of(config.data.train):
+        if ":" in pattern:
+            return {"is_known": False, "why": f"{pattern} isn't on a disk here"}
+        folder, name = split_location(pattern)
+        apart = index_folder(config.data.index_dir, folder)
+        try:
+            is_named = _name_test(name)
+            manifest = read_manifest(str(apart) if (apart / MANIFEST_NAME).exists() else folder)
+        except (ConfigError, DataError) as error:
+            return {"is_known": False, "why": error.message}
+        found = [entry for entry in manifest.entries.values() if is_named(entry.name)]
+        shards, samples = shards + len(found), samples + sum(entry.samples for entry in found)
     images = config.optim.total_steps * config.data.global_batch_size
-    return {"is_known": True, "shards": len(shards.entries), "samples": samples, "epochs": images / max(samples, 1)}
+    return {"is_known": True, "shards": shards, "samples": samples, "epochs": images / max(samples, 1)}
+
+
+def _name_test(pattern: str) -> Callable[[str], bool]:
+    """Whether a shard's name is one of a glob, or of one range in braces.
+
+    Raises:
+        ConfigError: other braces.
+    """
+    before, brace, rest = pattern.partition("{")
+    if not brace:
+        return lambda name: fnmatchcase(name, pattern)
+    numbers, _, after = rest.partition("}")
+    ends = re.fullmatch(r"([0-9]+)\.\.([0-9]+)", numbers)
+    if not ends or "{" in after:
+        raise ConfigError(f"only a range of numbers in braces is understood here, not {pattern}")
+    first, last = int(ends[1]), int(ends[2])
+    wanted = re.compile(re.escape(before) + "([0-9]+)" + re.escape(after))
+
+    def is_named(name: str) -> bool:
+        number = wanted.fullmatch(name)
+        is_as_long = number is not None and (len(number[1]) == len(ends[1]) or ends[1][0] != "0")
+        return number is not None and is_as_long and first <= int(number[1]) <= last
+
+    return is_named
 
 
 def _show(found: dict[str, Any], config: RunConfig) -> None:
@@ -117,7 +152,7 @@ def _memory_table(memory: dict[str, Any], config: RunConfig) -> Table:
         ("masters", "float32 masters", "of the part that this GPU updates"),
         ("moments", "moments" + (" and average" if config.optim.ema_decay is not None else ""), "float32"),
         ("gradients", "gradients", "at the end of backward"),
-        ("gathered", "gathered weights", "whole for a while (engine.max_live_elements)"),
+        ("gathered", "gathered weights", f"whole for a while; {_size(memory['always_whole'])} of small ones always"),
         ("buckets", "buckets", "gradients on their way (engine.reduce_bucket_elements)"),
         (
             "activations_peak",

@@ -6,6 +6,8 @@ from swinv2_scale.config.run import RunConfig
 from swinv2_scale.errors import ConfigError
 from swinv2_scale.geometry import nearest_multiples
 
+_LARGEST = 2**16
+
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches of one rank in a step.
@@ -29,6 +31,6 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
 
 
 def fitting_micro_batches(config: RunConfig, world_size: int) -> list[int]:
-    """Every ``data.micro_batch_size`` that deals the global batch evenly."""
+    """Every ``data.micro_batch_size`` that deals the global batch evenly, up to more than any GPU holds."""
     per_rank, rest = divmod(config.data.global_batch_size, world_size)
-    return [] if rest else [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+    return [] if rest else [n for n in range(1, min(per_rank, _LARGEST) + 1) if per_rank % n == 0]

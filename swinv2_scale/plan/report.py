@@ -91,9 +91,10 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
 
 def memory_of(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     """Of one GPU, as configured."""
-    found = memory(config, cluster.gpus)
+    found, sharding = memory(config, cluster.gpus), Sharding.of(config, cluster.gpus)
     return {
         **asdict(found.states),
+        "always_whole": sharding.persistent * sharding.weight_width if sharding.stage == 3 else 0,
         "activations_kept": found.activations.kept,
         "activations_peak": found.activations.peak,
         "largest_scores": found.activations.largest_scores,

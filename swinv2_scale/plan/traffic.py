@@ -8,7 +8,7 @@ parameter once or twice a micro-batch, as it could keep it meanwhile. hpZ is ZeR
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from swinv2_scale.plan.zero import Sharding
@@ -64,20 +64,31 @@ def collectives(sharding: Sharding) -> list[Collective]:
 
 
 def _gathers(sharding: Sharding) -> list[Collective]:
-    gathers = gathers_per_micro_batch(sharding) * sharding.accumulation_steps
+    """Nothing is computed before the first piece of a micro-batch is there; the others come while it is used."""
+    gathers, micro_batches = gathers_per_micro_batch(sharding), sharding.accumulation_steps
+    at_once = max(1, sharding.config.engine.prefetch_bucket_elements)
+    pieces = -(-sharding.numel // at_once)
+    share = min(at_once, sharding.numel) / sharding.numel
     bytes_once = (sharding.numel - sharding.persistent) * sharding.weight_width
-    # One for each of a block's four matrices at least, and for what is gathered ahead at once.
-    calls = max(4 * sum(sharding.config.model.depths), sharding.numel // _at_once(sharding))
+
+    def part(what: str, times: float, behind: Behind, is_in_node: bool = False) -> Collective:
+        found = _of(what, "all_gather", bytes_once, pieces, times, behind)
+        return replace(found, is_in_node=is_in_node)
+
     if sharding.override("zero_hpz_partition_size") <= 1:
-        return [_of("weights", "all_gather", bytes_once, calls, gathers, "step")]
-    first = _of("weights, once a step", "all_gather", bytes_once, calls, 1, "step")
-    others = round(bytes_once * (gathers - 1))
-    within = Collective("weights, in the node", "all_gather", others, round(calls * (gathers - 1)), "step", True)
-    return [first, within]
-
-
-def _at_once(sharding: Sharding) -> int:
-    return max(1, sharding.config.engine.prefetch_bucket_elements)
+        first = share * micro_batches
+        return [
+            part("first weights", first, "nothing"),
+            part("weights", gathers * micro_batches - first, "step"),
+        ]
+    # Between nodes once a step, then from the copy that the node's processes share.
+    later = share * (micro_batches - 1)
+    return [
+        part("first weights", share, "nothing"),
+        part("weights", 1 - share, "step"),
+        part("first weights in the node", later, "nothing", True),
+        part("weights in the node", gathers * micro_batches - 1 - later, "step", True),
+    ]
 
 
 def _of(what: str, kind: Kind, once: int, calls: int, times: float, behind: Behind) -> Collective:

@@ -48,6 +48,13 @@ def test_what_a_login_node_is_asked_is_answered_without_torch(command):
     assert result.stdout.splitlines()[-1] == "exit code 0 False False"
 
 
+@pytest.mark.parametrize("train", ["embedded:fashion-mnist/train", "shards/*.tar", "shards/{000..127}.tar"])
+def test_a_plan_is_made_without_torch(train):
+    result = python(CHILD, "plan", QUICKSTART, "--gpus", "2", f"data.train={train}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].split()[:4] == ["exit", "code", "0", "False"]
+
+
 def test_a_broken_configuration_ends_with_78_and_a_message_without_torch(tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text((REPOSITORY / QUICKSTART).read_text().replace("total_steps", "totl_steps"))

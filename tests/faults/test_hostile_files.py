@@ -175,6 +175,8 @@ def config() -> Callable[[Any], Any]:
         first, *overrides = made
         if entry == "submit":
             return [*made, "--nodes", 1, "--gpus-per-node", 1, "--print"]
+        if entry == "plan":
+            return [*made, "--gpus", 2]
         training = ["--config", first, "--run-dir", "run", *overrides]
         if entry == "launch":
             return ["deepspeed", "launch/pretrain.py", *training]
