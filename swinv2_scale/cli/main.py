@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from swinv2_scale.cli import checkpoint, config, doctor, launch, models, shards, status, submit
+from swinv2_scale.cli import checkpoint, config, doctor, launch, models, plan, shards, status, submit
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
@@ -17,6 +17,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     config.add_commands(commands)
+    plan.add_commands(commands)
     shards.add_commands(commands)
     models.add_commands(commands)
     checkpoint.add_commands(commands)

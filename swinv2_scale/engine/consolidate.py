@@ -28,8 +28,8 @@ from torch import Tensor
 
 from swinv2_scale.engine.checkpoint import Checkpoint, FileRecord
 from swinv2_scale.engine.deepspeed_import import LossScaler, ZeroStageEnum, fragment_address
-from swinv2_scale.engine.optim import is_decayed
 from swinv2_scale.errors import CheckpointError
+from swinv2_scale.plan.parameters import is_decayed
 
 #: The only classes that a DeepSpeed checkpoint of ours may hold beside tensors and plain data: an enum and a number
 #: holder, and three integers that stage 1 writes in bf16.

@@ -6,26 +6,7 @@ from typing import Any
 
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.errors import ConfigError, ConfigProblem
-
-
-def accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Micro-batches of one rank in a step.
-
-    Raises:
-        ConfigError: the global batch can't be dealt to so many ranks.
-    """
-    data = config.data
-    per_round = data.micro_batch_size * world_size
-    if data.global_batch_size % per_round:
-        fits = [n for n in range(1, data.global_batch_size + 1) if data.global_batch_size % (n * world_size) == 0]
-        raise ConfigError(
-            f"data.global_batch_size {data.global_batch_size} is not a multiple of data.micro_batch_size "
-            f"{data.micro_batch_size} x {world_size} processes = {per_round}",
-            f"with {world_size} processes these micro-batches fit: {fits}"
-            if fits
-            else f"make data.global_batch_size a multiple of {world_size}",
-        )
-    return data.global_batch_size // per_round
+from swinv2_scale.plan.batch import accumulation_steps as accumulation_steps
 
 
 def translate(config: RunConfig, world_size: int) -> dict[str, Any]:

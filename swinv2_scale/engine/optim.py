@@ -10,14 +10,7 @@ from torch import nn
 
 from swinv2_scale.config.run import OptimConfig
 from swinv2_scale.engine.adamw import AdamW
-
-#: Parts of names that are never decayed, beside biases and vectors. Source: the released code's keyword lists.
-_NO_DECAY = ("cpb_mlp", "logit_scale", "mask_token")
-
-
-def is_decayed(name: str, shape: torch.Size) -> bool:
-    """Whether weight decay applies: not to vectors, biases, the bias MLP, logit scales and the mask token."""
-    return len(shape) > 1 and not name.endswith("bias") and not any(part in name for part in _NO_DECAY)
+from swinv2_scale.plan.parameters import is_decayed
 
 
 def build_optimizer(model: nn.Module, shapes: dict[str, torch.Size], config: OptimConfig) -> AdamW:

@@ -6,24 +6,15 @@ import math
 
 from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.geometry import Size, effective_shift, spans
-
-#: Hidden width of the MLP that makes a position bias, in every variant.
-_BIAS_MLP_WIDTH = 512
+from swinv2_scale.plan.parameters import backbone_parameters
 
 
 def num_parameters(model: ModelConfig) -> int:
     """Trainable numbers of the backbone, and of the classification head where ``num_classes`` isn't 0.
 
-    What a task adds (SimMIM's mask token and pixel head, a decoder) isn't counted.
+    What a task adds (SimMIM's mask token and pixel head) is in plan/parameters.py.
     """
-    patch_numbers = model.patch_size**2 * model.in_channels
-    total = _linear(patch_numbers, model.embed_dim) + _norm(model.embed_dim)
-    for stage, dim in enumerate(model.stage_dims):
-        total += sum(_block_parameters(model, stage, block) for block in range(model.depths[stage]))
-        if stage + 1 < model.num_stages:
-            total += 4 * dim * 2 * dim + _norm(2 * dim)  # merging: a Linear without bias, and its norm
-    last = model.stage_dims[-1]
-    return total + _norm(last) + _linear(last, model.num_classes)
+    return sum(math.prod(shape) for _, shape in backbone_parameters(model))
 
 
 def num_multiply_adds(model: ModelConfig, *, as_published: bool = True) -> int:
@@ -70,28 +61,9 @@ def attention_pairs(map_size: Size, window_size: Size, shifted: bool) -> int:
     return math.prod(sum(size**2 for _, size in spans(*axis)) for axis in axes)
 
 
-def _block_parameters(model: ModelConfig, stage: int, block: int) -> int:
-    dim, num_heads = model.stage_dims[stage], model.num_heads[stage]
-    qkv = 3 * dim * dim + 2 * dim  # keys have no bias
-    position_bias = _linear(len(model.window_shape), _BIAS_MLP_WIDTH) + _BIAS_MLP_WIDTH * num_heads
-    attention = qkv + _linear(dim, dim) + position_bias + num_heads  # one temperature a head
-    mlp = _linear(dim, _hidden(model, dim)) + _linear(_hidden(model, dim), dim)
-    return attention + mlp + _num_norms(model, stage, block) * _norm(dim)
-
-
 def _num_norms(model: ModelConfig, stage: int, block: int) -> int:
     return 2 + model.has_extra_norm(stage, block)
 
 
 def _hidden(model: ModelConfig, dim: int) -> int:
     return int(dim * model.mlp_ratio)
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    """Weights and biases."""
-    return (inputs + 1) * outputs
-
-
-def _norm(dim: int) -> int:
-    """Weights and biases of a LayerNorm."""
-    return 2 * dim

@@ -181,7 +181,7 @@ def config() -> Callable[[Any], Any]:
         return training if entry.startswith("launch/") else made
 
     scripts = ("launch/pretrain.py", "launch/finetune.py")
-    entries = ("config check", "config explain", "doctor", "launch", *scripts, "submit")
+    entries = ("config check", "config explain", "doctor", "launch", "plan", *scripts, "submit")
     return attacks(dict.fromkeys(entries, 78), words)
 
 

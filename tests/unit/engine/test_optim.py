@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from swinv2_scale.config.run import OptimConfig
-from swinv2_scale.engine.optim import is_decayed, learning_rate
+from swinv2_scale.engine.optim import learning_rate
 from swinv2_scale.models.factory import create_model
+from swinv2_scale.plan.parameters import is_decayed
 
 
 def test_decay_spares_vectors_biases_the_bias_mlp_and_logit_scales() -> None:

@@ -1,0 +1,206 @@
+"""ZeRO as DeepSpeed 0.19.8 does it: what each process holds of weights, masters, moments and gradients, in bytes.
+
+tests/distributed/test_plan.py compares these numbers with the tensors of live engines.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from swinv2_scale.config.run import RunConfig
+from swinv2_scale.plan.batch import accumulation_steps
+from swinv2_scale.plan.parameters import Shape, is_decayed, run_parameters
+
+_WIDE = 4
+#: DeepSpeed's own, for what a configuration doesn't set (``engine.deepspeed_overrides`` may).
+_DEFAULTS = {"stage3_max_reuse_distance": 10**9, "sub_group_size": 10**9, "zero_hpz_partition_size": 1}
+#: Stage 0 (and 1 in bf16) reduces gradients in pieces of so many elements (MEMORY_OPT_ALLREDUCE_SIZE).
+_FALLBACK_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The parameters of a run, dealt to processes.
+
+    Attributes:
+        shapes: of every parameter, by name.
+        world_size: processes.
+    """
+
+    config: RunConfig
+    shapes: dict[str, Shape]
+    world_size: int
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int) -> Sharding:
+        return cls(config, run_parameters(config), world_size)
+
+    @property
+    def stage(self) -> int:
+        return self.config.engine.zero_stage
+
+    @property
+    def numel(self) -> int:
+        """Numbers of all parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def weight_width(self) -> int:
+        """Bytes of a weight, and of a gradient where it is computed and sent."""
+        return 2 if self.config.engine.precision == "bf16" else _WIDE
+
+    @property
+    def padded(self) -> int:
+        """Numbers with the padding that lets every process have as many: each group's, or at stage 3 each one's."""
+        if self.stage == 0:
+            return self.numel
+        if self.stage == 3:
+            return sum(-(-math.prod(shape) // self.world_size) for shape in self.shapes.values()) * self.world_size
+        unit = 2 * self.world_size  # 4 bytes of two bf16 numbers, for NCCL
+        groups = [0, 0]
+        for name, shape in self.shapes.items():
+            groups[is_decayed(name, shape)] += math.prod(shape)
+        return sum(-(-group // unit) * unit for group in groups)
+
+    @property
+    def part(self) -> int:
+        """Numbers whose masters and moments one process holds."""
+        return self.padded if self.stage == 0 else self.padded // self.world_size
+
+    @property
+    def persistent(self) -> int:
+        """Stage 3: numbers of the small parameters that every process keeps whole."""
+        limit = self.config.engine.param_persistence_elements
+        return sum(n for shape in self.shapes.values() if (n := math.prod(shape)) <= limit)
+
+    @property
+    def live(self) -> int:
+        """Stage 3: numbers that are whole on a process at once: DeepSpeed gathers ahead until it has so many, and
+        keeps what is used again soon. Up to a billion by default: all of B, a third of G.
+        """
+        reuse = self.override("stage3_max_reuse_distance") // (2 + self.is_recomputing)
+        return min(self.numel, max(self.config.engine.max_live_elements, reuse) + self.persistent)
+
+    @property
+    def is_recomputing(self) -> bool:
+        return self.config.engine.activation_checkpointing.backend != "none"
+
+    @property
+    def num_moments(self) -> int:
+        """Adam's two, and the moving average."""
+        return 2 + (self.config.optim.ema_decay is not None)
+
+    @property
+    def accumulation_steps(self) -> int:
+        return accumulation_steps(self.config, self.world_size)
+
+    def override(self, key: str) -> int:
+        """A number of DeepSpeed's ZeRO section, as overridden or by default."""
+        return int(_overrides(self.config).get(key, _DEFAULTS[key]))
+
+    def is_offloaded(self, what: str) -> bool:
+        """``optimizer`` or ``param`` lie in host memory."""
+        section = _overrides(self.config).get(f"offload_{what}") or {}
+        return bool(section.get("device", "none") != "none")
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes that one process holds.
+
+    Attributes:
+        weights: that the model computes with; a part of each at stage 3.
+        masters: float32 copies of the part that this process updates; 0 where weights are float32 and whole.
+        moments: of AdamW, and the moving average.
+        gradients: at the end of backward, summed over micro-batches.
+        gathered: stage 3: parameters that are whole for a while (or always, where they are small).
+        buckets: gradients on their way to other processes.
+        update: what reducing and updating needs beside them, when activations are gone.
+        host: of all these, what lies in host memory.
+    """
+
+    weights: int
+    masters: int
+    moments: int
+    gradients: int
+    gathered: int
+    buckets: int
+    update: int
+    host: int
+
+    @property
+    def static(self) -> int:
+        """There from the first update to the last."""
+        return self.weights + self.masters + self.moments
+
+
+def states(sharding: Sharding) -> States:
+    """What one process holds of a run's states."""
+    part, numel, width = sharding.part, sharding.numel, sharding.weight_width
+    has_masters = sharding.stage > 0 or width < _WIDE
+    masters, moments = part * _WIDE * has_masters, part * _WIDE * sharding.num_moments
+    weights = part * width if sharding.stage == 3 else sharding.padded * width
+    gradients, update = _gradients(sharding)
+    gathered = sharding.live * width if sharding.stage == 3 else 0
+    if sharding.stage == 3 and (hpz := sharding.override("zero_hpz_partition_size")) > 1:
+        gathered += numel * width // hpz  # a second copy, shared by the processes of a node
+    host = 0
+    if sharding.is_offloaded("optimizer"):
+        host += masters + moments + part * _WIDE  # with the gradients that the update reads
+        masters = moments = 0
+    if sharding.is_offloaded("param"):
+        host += weights
+        weights = 0
+    return States(weights, masters, moments, gradients, gathered, _buckets(sharding), update, host)
+
+
+def checkpoint_bytes(sharding: Sharding) -> tuple[int, int]:
+    """(all files together, the largest that one process writes): which is also its copy in host memory while it does.
+
+    Stage 3 writes masters and moments alone; below, process 0 writes the weights too.
+    """
+    part_bytes = sharding.part * _WIDE * sharding.num_moments
+    whole = sharding.numel * sharding.weight_width
+    if sharding.stage == 0:
+        masters = sharding.numel * _WIDE if sharding.weight_width < _WIDE else 0
+        return whole + masters + part_bytes, whole + masters + part_bytes
+    part_bytes += sharding.part * _WIDE
+    if sharding.stage == 3:
+        return part_bytes * sharding.world_size, part_bytes
+    return part_bytes * sharding.world_size + whole, part_bytes + whole
+
+
+def _gradients(sharding: Sharding) -> tuple[int, int]:
+    """(gradients at the end of backward, room for the update beside them)."""
+    part, numel, width = sharding.part, sharding.numel, sharding.weight_width
+    is_bf16 = width < _WIDE
+    if sharding.stage == 0:  # reduced in pieces; in bf16 the update reads float32 copies of all
+        return numel * width, max(min(numel, _FALLBACK_BUCKET) * width, numel * _WIDE * is_bf16)
+    if sharding.stage == 1 and is_bf16 and not sharding.is_offloaded("optimizer"):
+        # DeepSpeed's BF16_Optimizer: bf16 ones, and a float32 sum of all on every process, which are reduced in bf16.
+        # Two groups that fit one piece are copied side by side first.
+        padded, is_copied = sharding.padded, numel <= _FALLBACK_BUCKET
+        return padded * (width + _WIDE), padded * (width + _WIDE * is_copied)
+    if sharding.stage == 1:  # whole until the last micro-batch has been added
+        return numel * width if sharding.accumulation_steps > 1 else part * _WIDE, part * _WIDE
+    if sharding.stage == 2:
+        return part * _WIDE, 0 if is_bf16 else part * _WIDE
+    return part * _WIDE, min(part, sharding.override("sub_group_size")) * _WIDE
+
+
+def _buckets(sharding: Sharding) -> int:
+    """Allocated whole while backward goes on (stage 3: always), whatever the model's size."""
+    engine, width = sharding.config.engine, sharding.weight_width
+    bucket = engine.reduce_bucket_elements * width
+    if sharding.stage == 3:
+        return bucket + min(engine.reduce_bucket_elements, sharding.numel) * width  # and a copy sorted by process
+    if sharding.stage == 2 or (sharding.stage == 1 and width == _WIDE):
+        return bucket * (1 + engine.overlap_comm)
+    return 0
+
+
+def _overrides(config: RunConfig) -> dict[str, Any]:
+    section: dict[str, Any] = config.engine.deepspeed_overrides.get("zero_optimization", {})
+    return section
