@@ -1,7 +1,7 @@
 """The CPU image (docker/Dockerfile.cpu) built and used without an engine: buildah, Debian's debootstrap, root.
 
     apt-get install --no-install-recommends buildah debootstrap
-    .venv/bin/python benchmarks/container.py FOLDER build quick-start stop tests \
+    .venv/bin/python benchmarks/container.py FOLDER build health quick-start stop tests \
         > benchmarks/results/container_HARDWARE_YYYYMM.md
 
 Everything lies in FOLDER, about 10 GB of it (buildah's vfs store copies every layer whole); delete it afterwards. Parts
@@ -10,6 +10,7 @@ BASE is an argument for. --pip-args, --pins, --pip-conf and --mount are handed o
 wheels is the default there).
 
 build:        both targets, with their times and sizes.
+health:       the image's health check, as user 1000.
 quick-start:  the quick start as user 1000 in the image's files (chroot; no network, process or user namespace).
 stop:         a container by unshare, docker/entrypoint.py its process 1: `deepspeed` trains, process 1 gets SIGTERM as
               from `docker stop`; then the same command again.
@@ -45,7 +46,7 @@ TESTS = ["python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/contr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("parts", nargs="+", choices=("build", "quick-start", "stop", "tests"))
+    parser.add_argument("parts", nargs="+", choices=("build", "health", "quick-start", "stop", "tests"))
     parser.add_argument("--pip-args", default="", help="build argument PIP_ARGS")
     parser.add_argument("--pins", default="", help="build argument PINS")
     parser.add_argument("--extras", default="dev", help="build argument EXTRAS of the target `test`")
@@ -57,6 +58,7 @@ def main() -> None:
     store = Store(arguments.folder)
     parts = {
         "build": lambda: build(store, arguments),
+        "health": lambda: health(store),
         "quick-start": lambda: quick_start(store),
         "stop": lambda: stop(store),
         "tests": lambda: tests(store, arguments.ignore),
@@ -130,6 +132,7 @@ def build_base(store: Store) -> None:
         packages = "--include=ca-certificates,python3,python3-venv"
         command = ["debootstrap", "--variant=minbase", packages, "bookworm", str(root)]
         subprocess.run([*command, "http://deb.debian.org/debian"], check=True, stdout=sys.stderr)
+        subprocess.run(["chroot", str(root), "apt-get", "clean"], check=True)
         with tarfile.open(Path(name) / "base.tar", "w") as tar:
             for entry in root.iterdir():
                 if entry.name not in ("dev", "proc", "sys"):
@@ -137,6 +140,19 @@ def build_base(store: Store) -> None:
         (Path(name) / "Dockerfile").write_text('FROM scratch\nADD base.tar /\nCMD ["/bin/bash"]\n')
         (Path(name) / ".dockerignore").write_text("root\n")
         store.build(Path(name), "--tag", BASE)
+
+
+def health(store: Store) -> None:
+    print("## The health check\n")
+    settings = json.loads(store.buildah("inspect", "--type", "image", IMAGES["runtime"]))["Docker"]["config"]
+    command = settings["Healthcheck"]["Test"][1:]
+    with store.container(IMAGES["runtime"]) as name:
+        run = [*store.command, "run", "--isolation", "chroot", "--user", "1000", name, "--", *command]
+        started = time.monotonic()
+        done = subprocess.run(run, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        seconds = time.monotonic() - started
+    print(f"`{' '.join(command)}`: exit code {done.returncode} after {seconds:.1f} s\n")
+    print("```\n" + done.stdout.strip() + "\n```\n", flush=True)
 
 
 def quick_start(store: Store) -> None:

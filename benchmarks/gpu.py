@@ -11,8 +11,9 @@ benchmarks/wheelhouse.sh.
 A case is the real engine (engine/job.build_engine) and the real step (engine/step.train_step: forward, backward,
 clipping, AdamW, the checks before an update), one process, no accumulation. Its batch is synthetic and stays in
 (pinned) host memory: no shards, no decoding. Its weights are random numbers: SwinV2-G's first values take minutes, and
-speed does not depend on them. MFU counts 3 forwards (one for forward, two for backward) of what
-swinv2_scale/plan/cost.py counts, 2 FLOPs a multiply-add; recomputed activations do not count as useful.
+speed does not depend on them. MFU is what swinv2_scale/plan/speed.py counts for forward and backward, not for what
+is computed a second time, against the device's peak in swinv2_scale/plan/machines.py or --peak-tflops. "Planned" is
+what `swinv2-scale plan` says about "peak": the tensors of a GPU, so a CPU's resident memory is not to be compared.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ from swinv2_scale.engine import zero
 from swinv2_scale.engine.job import build_engine
 from swinv2_scale.engine.step import train_step
 from swinv2_scale.errors import ConfigError
-from swinv2_scale.plan.cost import num_multiply_adds
+from swinv2_scale.plan.machines import DEVICES
+from swinv2_scale.plan.report import predicted_peak_bytes
+from swinv2_scale.plan.speed import training_flops
 from swinv2_scale.tasks.simmim import SimMIMTask, draw_hidden
 from swinv2_scale.telemetry.metrics import peak_memory_bytes
 
@@ -54,23 +57,9 @@ CONFIGS = {
 }
 #: The attention of those files: sequential in the first two stages, as in the paper's sec. 3.5.
 CONFIGURED = "configured"
-#: Dense bf16 matrix TFLOP/s by the vendors' data sheets, by a part of the name that the driver gives. The first match
-#: counts. PCIe cards and parts with other clocks differ: --peak-tflops.
-PEAK_TFLOPS = {
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100": 989.4,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-    "MI300X": 1307.4,
-}
 COLUMNS = (
     *("model", "ZeRO", "attention", "checkpointing", "micro-batch", "s a step", "images/s", "MFU"),
-    *("peak GiB", "reserved GiB"),
+    *("peak GiB", "planned GiB", "reserved GiB"),
 )
 #: A model that a CPU trains in seconds, for --smoke.
 SMALL = (
@@ -154,7 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--case-s", type=float, default=150, help="the most seconds that one case may take")
     parser.add_argument("--budget-s", type=float, default=3000, help="no case starts that could end after so many")
-    parser.add_argument("--peak-tflops", type=float, help="dense bf16, of a GPU that this file does not know")
+    parser.add_argument("--peak-tflops", type=float, help="dense bf16, of a GPU that is not in plan/machines.py")
     parser.add_argument("--smoke", action="store_true", help="one tiny case, also on a CPU: does it run at all?")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for all cases, after `--`")
@@ -205,16 +194,18 @@ def row(case: Case, result: dict[str, Any], peak_tflops: float | None) -> str:
     size = result.get("micro_batch") or case.micro_batch or "configured"
     names = f"| {case.model} | {case.zero_stage} | {case.attention} | {case.checkpointing} | {size} "
     if "failed" in result:
-        return f"{names}| {result['failed']} | | | | |"
+        return f"{names}| {result['failed']} | | | | | |"
     peak = peak_tflops or known_peak(result["device"])
     rate = result["micro_batch"] / result["step_s"]
-    mfu = f"{6 * result['multiply_adds'] * rate / (peak * 1e12):.1%}" if peak else ""
-    memory = f"{result['peak_bytes'] / 2**30:.2f} | {result['reserved_bytes'] / 2**30:.2f}"
+    mfu = f"{result['flops'] * rate / (peak * 1e12):.1%}" if peak else ""
+    memory = " | ".join(f"{result[f'{name}_bytes'] / 2**30:.2f}" for name in ("peak", "planned", "reserved"))
     return f"{names}| {result['step_s']:.4f} | {rate:.1f} | {mfu} | {memory} |"
 
 
 def known_peak(device: str) -> float | None:
-    return next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
+    """Of the devices that `swinv2-scale plan` knows; cards for PCIe are slower than their namesakes."""
+    is_known = "PCIe" not in device and "NVL" not in device
+    return next((d.tflops_16bit for d in DEVICES.values() if is_known and d.name in device.lower()), None)
 
 
 def describe_gpu() -> str:
@@ -250,9 +241,10 @@ def measure(case: Case, num_steps: int, extra: list[str]) -> dict[str, Any]:
     return {
         "micro_batch": size,
         "step_s": statistics.median(seconds),
-        "multiply_adds": num_multiply_adds(config.model, as_published=False),
+        "flops": training_flops(config),
         "device": torch.cuda.get_device_name() if is_gpu else "CPU",
         "peak_bytes": peak,
+        "planned_bytes": predicted_peak_bytes(config),
         "reserved_bytes": torch.cuda.max_memory_reserved() if is_gpu else peak,
     }
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from swinv2_scale.config.loader import load_config
+from swinv2_scale.engine.doctor.compiled import operators_needed
+
 REPOSITORY = Path(__file__).parents[2]
 DOCKERFILES = sorted((REPOSITORY / "docker").glob("Dockerfile*"))
 #: What a run reads, and so what every image needs.
@@ -123,6 +126,14 @@ def test_python_packages_are_pinned_and_indexes_stay_out_of_the_image(path):
     for command in installs:
         assert command.count("pip install") == command.count("--constraint constraints.txt")
         assert "--mount=type=secret,id=pip,target=/etc/pip.conf" in command
+
+
+def test_the_cuda_image_has_every_operator_that_a_run_can_ask_for():
+    settings = ("zero_quantized_weights", "zero_quantized_gradients")
+    overrides = [f"engine.deepspeed_overrides.zero_optimization.{key}=true" for key in settings]
+    needed = operators_needed(load_config(REPOSITORY / "configs" / "quickstart" / "simmim.yaml", overrides).config)
+    built = re.findall(r"DS_BUILD_(\w+)=1", (REPOSITORY / "docker" / "Dockerfile").read_text())
+    assert built == [name.upper() for name in needed] == ["QUANTIZER"]
 
 
 @every_file

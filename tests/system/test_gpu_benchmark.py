@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -35,6 +36,13 @@ def test_the_smoke_test_measures_a_real_step() -> None:
     # Two images a step; the table rounds to a tenth of an image, and to 0.1 ms of a step of some 50 ms.
     assert rate == pytest.approx(2 / step_s, rel=0.02)
     assert float(row["peak GiB"]) > 0.1
+
+
+def test_only_a_gpu_whose_peak_is_known_gets_a_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    known_peak = importlib.import_module("gpu").known_peak
+    names = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA L4", "CPU")
+    assert [known_peak(name) for name in names] == [312, 989, 989, None, None, None]
 
 
 @pytest.mark.system
