@@ -60,6 +60,7 @@ def run_job(loaded: LoadedConfig, options: JobOptions) -> ExitCode:
     start_logging(dist.rank())
     stop_request = StopRequest()
     _check_cluster(loaded.config)
+    dist.allow_open_files()
     dist.start(loaded.config.cluster.timeout_s)
     directory = RunDirectory(options.run_dir)
     watchdog = Watchdog(loaded.config.cluster, directory.log(dist.rank()))
