@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +20,7 @@ from swinv2_scale.errors import ClusterError, OutputError, PeerLostError, ScaleE
 from swinv2_scale.launchers.place import adopt
 
 T = TypeVar("T")
+_MOST_FILES = 65_536
 
 
 def rank() -> int:
@@ -228,3 +230,14 @@ def all_gather_into(whole: Tensor, values: Tensor) -> Tensor:
     """Every rank's values in rank order, along the first axis of ``whole``, which is returned."""
     torch_dist.all_gather_into_tensor(whole, values)
     return whole
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as it may, up to 65,536.
+
+    Rank 0's store holds two connections of every rank; 1,024, the usual limit that may be raised, ends at 500 ranks.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from swinv2_scale.cli.train import default_run_dir
 from swinv2_scale.config.loader import LoadedConfig, load_config
-from swinv2_scale.errors import ConfigError, printable
+from swinv2_scale.errors import ClusterError, ConfigError, printable
 
 if TYPE_CHECKING:
     from swinv2_scale.engine.doctor.examine import Verdict
@@ -46,7 +47,12 @@ def add_commands(commands: Any) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from swinv2_scale.engine.doctor.examine import Examination
+    try:
+        from swinv2_scale.engine.doctor.examine import Examination
+    except ImportError as error:  # a library of the system that a package needs, most often
+        raise ClusterError(
+            f"a job can't begin on {gethostname()}: {error}", "install the package, with what it needs, on every node"
+        ) from error
 
     loaded: LoadedConfig | ConfigError | None = None
     run_dir = Path(arguments.run_dir) if arguments.run_dir else None

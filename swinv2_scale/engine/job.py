@@ -74,6 +74,7 @@ def run_job(loaded: LoadedConfig, options: JobOptions) -> ExitCode:
     watchdog = Watchdog(cluster, directory.log(place.rank), record_end)
     try:
         _check_cluster(cluster, place, launcher)
+        dist.allow_open_files()
         dist.start(cluster.timeout_s)
         with dist.peers_may_be_lost("training", watchdog.who_is_missing):
             watchdog.start()

@@ -167,12 +167,13 @@ def _available_bytes() -> int:
 
 
 def look_at_limits() -> list[Finding]:
-    """Open files of this process, which for rank 0 grow with the number of ranks."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Open files of this process, which for rank 0 grow with the number of ranks; a job raises its own limit first."""
+    dist.allow_open_files()
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _FILES_EACH + _SOCKETS_EACH * dist.world_size()
     text = f"{soft:,} open files a process, about {needed:,} are needed"
-    if resource.RLIM_INFINITY not in (soft,) and soft < needed:
-        return [problem("ulimit -n", text, f"ulimit -n {hard} before the start (LimitNOFILE in slurmd's unit)")]
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        return [problem("ulimit -n", text, "raise the hard limit: ulimit -Hn (LimitNOFILE in slurmd's unit)")]
     return [Finding("ulimit -n", text, amount=soft)]
 
 
