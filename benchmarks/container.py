@@ -9,12 +9,12 @@ may be run one after another. No registry of images is asked: the base is a Debi
 BASE is an argument for. --pip-args, --pins, --pip-conf and --mount are handed on to the build (torch's index of CPU
 wheels is the default there).
 
-build:        both targets, with their times and sizes.
+build:        base and runtime, with their times and sizes.
 health:       the image's health check, as user 1000.
 quick-start:  the quick start as user 1000 in the image's files (chroot; no network, process or user namespace).
 stop:         a container by unshare, docker/entrypoint.py its process 1: `deepspeed` trains, process 1 gets SIGTERM as
               from `docker stop`; then the same command again.
-tests:        the contract and unit tests, in the target `test`.
+tests:        the target `test`, built, and the contract and unit tests in it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +61,7 @@ def main() -> None:
         "health": lambda: health(store),
         "quick-start": lambda: quick_start(store),
         "stop": lambda: stop(store),
-        "tests": lambda: tests(store, arguments.ignore),
+        "tests": lambda: tests(store, arguments),
     }
     for part in arguments.parts:
         parts[part]()
@@ -112,15 +112,7 @@ def build(store: Store, arguments: argparse.Namespace) -> None:
     print("| | s | size |\n|---|---|---|")
     base_s = timed(lambda: build_base(store))
     print(f"| base: Debian 12 minimal with python3, by debootstrap | {base_s:.0f} | {size(store, BASE)} |")
-    options = ["--file", str(REPOSITORY / "docker" / "Dockerfile.cpu"), "--build-arg", f"BASE={BASE}"]
-    options += ["--build-arg", f"PINS={arguments.pins}", *(f"--volume={mount}" for mount in arguments.mount)]
-    options += ["--secret", f"id=pip,src={arguments.pip_conf}"] if arguments.pip_conf else []
-    for target, image in IMAGES.items():
-        pip_args = [f"{arguments.pip_args} {arguments.test_packages if target == 'test' else ''}".strip()]
-        extras = [f"--build-arg=PIP_ARGS={text}" for text in pip_args if text]
-        extras += [f"--build-arg=EXTRAS={arguments.extras}"] if target == "test" else []
-        seconds = timed(store.build, REPOSITORY, *options, *extras, "--target", target, "--tag", image)
-        print(f"| target `{target}` | {seconds:.0f} | {size(store, image)} |", flush=True)
+    build_target(store, arguments, "runtime")
     settings = json.loads(store.buildah("inspect", "--type", "image", IMAGES["runtime"]))["Docker"]["config"]
     print(f"\nUser {settings['User']}, entry point `{' '.join(settings['Entrypoint'])}`, ", end="")
     print(f"health check `{' '.join(settings['Healthcheck']['Test'])}`.\n")
@@ -191,13 +183,28 @@ def stop(store: Store) -> None:
             print(f"```\n\nexit code {process.wait()}\n", flush=True)
 
 
-def tests(store: Store, ignored: list[str]) -> None:
-    print("## Tests\n")
-    words = [*TESTS, *(f"--ignore={path}" for path in ignored)]
+def build_target(store: Store, arguments: argparse.Namespace, target: str) -> None:
+    """Build it, and print a row of the table."""
+    is_test, image = target == "test", IMAGES[target]
+    options = ["--file", str(REPOSITORY / "docker" / "Dockerfile.cpu"), "--target", target, "--tag", image]
+    options += [f"--build-arg=BASE={BASE}", f"--build-arg=PINS={arguments.pins}"]
+    options += [f"--volume={mount}" for mount in arguments.mount]
+    options += [f"--build-arg=EXTRAS={arguments.extras}"] if is_test else []
+    options += ["--secret", f"id=pip,src={arguments.pip_conf}"] if arguments.pip_conf else []
+    pip_args = f"{arguments.pip_args} {arguments.test_packages if is_test else ''}".strip()
+    options += [f"--build-arg=PIP_ARGS={pip_args}"] if pip_args else []
+    seconds = timed(lambda: store.build(REPOSITORY, *options))
+    print(f"| target `{target}` | {seconds:.0f} | {size(store, image)} |", flush=True)
+
+
+def tests(store: Store, arguments: argparse.Namespace) -> None:
+    print("## Tests\n\n| | s | size |\n|---|---|---|")
+    build_target(store, arguments, "test")
+    words = [*TESTS, *(f"--ignore={path}" for path in arguments.ignore)]
     with store.container(IMAGES["test"]) as name:
         run = [*store.command, "run", "--isolation", "chroot", "--user", "1000", name, "--", *words]
         done = subprocess.run(run, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    print(f"`{' '.join(words)}`: exit code {done.returncode}\n")
+    print(f"\n`{' '.join(words)}`: exit code {done.returncode}\n")
     print("```\n" + "\n".join(done.stdout.strip().splitlines()[-25:]) + "\n```\n", flush=True)
 
 
@@ -206,10 +213,9 @@ def size(store: Store, image: str) -> str:
     return str(json.loads(store.buildah("images", "--json", image))[0]["size"])
 
 
-def timed(action: object, *arguments: object) -> float:
-    assert callable(action)
+def timed(action: Callable[[], None]) -> float:
     started = time.monotonic()
-    action(*arguments)
+    action()
     return time.monotonic() - started
 
 
