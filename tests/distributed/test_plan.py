@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from swinv2_scale.config.loader import load_config
+from swinv2_scale.plan.fit import memory
 from swinv2_scale.plan.traffic import collectives, gathers_per_micro_batch
 from swinv2_scale.plan.zero import Sharding, checkpoint_bytes, states
 from tests.support.processes import run_worker
@@ -19,6 +20,7 @@ RANKS = 2
 BASE = (
     *("model.embed_dim=48", "model.num_heads=[3,6]", "model.depths=[1,1]", "data.global_batch_size=8"),
     *("data.micro_batch_size=2", "engine.activation_checkpointing.backend=none"),
+    "engine.reduce_bucket_elements=20000",  # allocated whole; the default is larger than all else here
 )
 STATES = {
     f"stage {stage}, {precision}{ema}": (
@@ -87,6 +89,21 @@ def test_checkpoints_are_as_large_as_planned(found: dict[str, Any], case: str, t
     files = {name: size for name, size in found[case]["files"].items() if name.endswith("states.pt")}
     # Names, shapes and zip records, of each file; they don't grow with the numbers.
     assert total <= sum(files.values()) <= total + 120_000 * len(files)
+
+
+@pytest.mark.parametrize("case", [case for case in STATES if "autocast" not in case])
+def test_the_most_memory_at_once_is_as_planned(found: dict[str, Any], case: str, tmp_path: Path) -> None:
+    # Autocast is planned for GPUs, where it leaves other operations in float32 than on CPUs.
+    plan = sharding(case, tmp_path)
+    planned = memory(plan.config, RANKS)
+    # What a step doesn't make: it was there before.
+    before = planned.states.static
+    if plan.stage == 3 or case == "stage 1, bf16, average":
+        before += found[case]["gradient sums"]
+    if plan.stage == 3:
+        before += plan.config.engine.reduce_bucket_elements * plan.weight_width
+    # As the activations alone. Found: -7 to +6 %.
+    assert planned.tensors - before == pytest.approx(found[case]["peak"], rel=0.15)
 
 
 @pytest.mark.parametrize("case", CASES)
