@@ -1,6 +1,6 @@
 """What grows with the number of ranks in our own code: hundreds of them, simulated, on one machine.
 
-    .venv/bin/python benchmarks/many_ranks.py > benchmarks/results/many_ranks_HARDWARE_YYYYMM.md
+    .venv/bin/python benchmarks/many_ranks.py [SECTION ..] > benchmarks/results/many_ranks_HARDWARE_YYYYMM.md
 
 Real code, real files, real sockets; only the ranks are pretended: the order of samples is asked for each of them, one
 process after the other opens what a rank opens, eight processes hold the connections of 512 ranks to one store. Needs
@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -57,12 +56,16 @@ def main() -> None:
     print(f"- versions: {describe_versions('torch', 'deepspeed')}")
     print("- command: `.venv/bin/python benchmarks/many_ranks.py`\n")
     with tempfile.TemporaryDirectory() as name:
-        order()
-        manifests(Path(name))
-        start_up(Path(name))
-        store()
-        checkpoints(Path(name) / "checkpoints")
-        resume(Path(name) / "resume")
+        sections = {
+            "order": order,
+            "manifests": lambda: manifests(Path(name)),
+            "start_up": lambda: start_up(Path(name)),
+            "store": store,
+            "checkpoints": lambda: checkpoints(Path(name) / "checkpoints"),
+            "resume": lambda: resume(Path(name) / "resume"),
+        }
+        for section in sys.argv[1:] or sections:
+            sections[section]()
 
 
 def order() -> None:
@@ -191,8 +194,7 @@ def store() -> None:
     print("| ranks | store's open files | a round of beats, s | store's CPU, ms | all read all, s | store's CPU, s |")
     print("|---|---|---|---|---|---|")
     for ranks in (8, 64, 512):
-        rounds = [store_rounds(ranks) for _ in range(3)]
-        files, beat_s, beat_cpu, read_s, read_cpu = map(statistics.median, zip(*rounds, strict=True))
+        files, beat_s, beat_cpu, read_s, read_cpu = store_rounds(ranks)
         row = f"| {ranks} | {files:.0f} | {beat_s:.3f} | {beat_cpu * 1e3:.0f} | {read_s:.2f} | {read_cpu:.2f} |"
         print(row, flush=True)
     print()
@@ -228,7 +230,8 @@ def store_rounds(ranks: int) -> tuple[float, float, float, float, float]:
 
 def hold(mine: range, ranks: int, gate: Any, slowest: Any) -> None:
     """The boards of some ranks, and what each asks of the store; engine/watchdog.py's own words."""
-    boards = [dist.Board() for _ in mine]
+    with ThreadPoolExecutor(len(mine)) as pool:  # a connection takes a tenth of a second here
+        boards = list(pool.map(lambda _: dist.Board(), mine))
     note = json.dumps(list(asdict(Beat(1000, 2000, 900, "waiting for samples", "node-0042")).values()))
     everybody = [str(rank) for rank in range(ranks)]
     for rank, board in zip(mine, boards, strict=True):

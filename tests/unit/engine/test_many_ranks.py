@@ -34,18 +34,19 @@ def test_the_manifest_of_512_ranks_is_read_back_as_it_was(tmp_path: Path) -> Non
     assert {len(share) for share in shares} == {2}
 
 
-def test_the_beats_of_512_ranks_are_read_before_an_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One store, a connection for each rank; a rank that looks for the missing one reads all beats."""
+def test_the_silent_one_of_512_ranks_is_found_on_the_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One store, a note of each rank; a rank that looks for the missing one reads all. A connection takes 0.2 s."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
-    dist.allow_open_files()
-    boards = [dist.Board() for _ in range(RANKS)]
+    boards = [dist.Board() for _ in range(2)]
 
     def beat(number: int, silent: int | None = None) -> list[Beat]:
-        for rank, board in enumerate(boards):
+        for rank in range(RANKS):
             if rank != silent:
-                board.write(str(rank), json.dumps(astuple(Beat(number, 9, 4, "training", f"node{rank // 8}"))))
+                boards[rank % 2].write(
+                    str(rank), json.dumps(astuple(Beat(number, 9, 4, "training", f"node{rank // 8}")))
+                )
         notes = boards[-1].read([str(rank) for rank in range(RANKS)])
         assert notes is not None
         return [Beat(*json.loads(note)) for note in notes]
