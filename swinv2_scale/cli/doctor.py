@@ -17,6 +17,7 @@ from rich.text import Text
 from swinv2_scale.cli.train import default_run_dir
 from swinv2_scale.config.loader import LoadedConfig, load_config
 from swinv2_scale.errors import ClusterError, ConfigError, printable
+from swinv2_scale.launchers.place import adopt
 
 if TYPE_CHECKING:
     from swinv2_scale.engine.doctor.examine import Verdict
@@ -47,6 +48,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
+    adopt()
     try:
         from swinv2_scale.engine.doctor.examine import Examination
     except ImportError as error:  # a library of the system that a package needs, most often

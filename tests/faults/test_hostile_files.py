@@ -511,6 +511,13 @@ def names_that_lead_outside(place: Place) -> Path:
     return shard(place, [*sample("../outside/precious"), *sample(str(place.outside))])
 
 
+@shards(index=0, verify=65, stats=65, export=65)
+def a_manifest_that_is_a_pipe(place: Place) -> Path:
+    folder = shard(place, sample("a"), index=False)
+    os.mkfifo(folder / "manifest.json")
+    return folder
+
+
 def special(kind: bytes, target: str = "") -> tarfile.TarInfo:
     info = tarfile.TarInfo(f"z{kind.decode()}.png")
     info.type, info.linkname = kind, target

@@ -22,7 +22,7 @@ from typing import Any
 from swinv2_scale.config.run import DataConfig, RemoteConfig
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote, local_path
 from swinv2_scale.data.remote.pipe import PIPE_PREFIX
-from swinv2_scale.durable import write_whole
+from swinv2_scale.durable import open_plain, write_whole
 from swinv2_scale.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -132,7 +132,8 @@ def manifest_text(folder: str, remote: RemoteFiles | None = None) -> str:
             if remote.size(where) is None:
                 raise missing
             return remote.read_whole(where, _MAX_MANIFEST_BYTES).decode("utf-8")
-        return Path(local_path(where)).read_text(encoding="utf-8")
+        with open_plain(Path(local_path(where))) as file:
+            return file.read().decode("utf-8")
     except FileNotFoundError:
         raise missing from None
     except (OSError, ValueError) as error:
