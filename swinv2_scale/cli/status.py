@@ -56,7 +56,9 @@ def _one(status: RunStatus) -> Table:
         rows.append(
             ("stage", f"{config.task.name}, {config.model.variant}, {_size(config.model.image_size)} px{source}")
         )
-    rows += [("state", _state(status)), ("step", _steps(status)), ("loss", _loss(status))]
+    rows += [("state", _state(status)), ("step", _steps(status))]
+    if status.loss is not None:
+        rows.append(("loss", _loss(status)))
     if status.images_per_second is not None:
         rows.append(("rate", f"{status.images_per_second:,.0f} images/s"))
     if left:
