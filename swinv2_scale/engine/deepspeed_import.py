@@ -30,6 +30,9 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
 
 compiler.compile = _decorate
 
+# Python 3.11.0 to 3.11.3 (Debian 12's) pickle an enum as a call of getattr, which weights_only=True rightly refuses.
+ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (ZeroStageEnum, (self.value,))
+
 #: DeepSpeed's own logger writes to the console from every rank; its lines go to RUN/log/rank-N.log instead.
 deepspeed_logger = logging.getLogger("DeepSpeed")
 for _handler in list(deepspeed_logger.handlers):

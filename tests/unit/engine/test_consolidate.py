@@ -15,6 +15,7 @@ import torch
 
 from swinv2_scale.engine.checkpoint import FileRecord, find, manifest_text, open_run_or_checkpoint, read
 from swinv2_scale.engine.consolidate import SavedTensors
+from swinv2_scale.engine.deepspeed_import import ZeroStageEnum
 from swinv2_scale.errors import CheckpointError
 
 WEIGHT = torch.arange(1001.0).reshape(7, 143)  # an odd number: two ranks have to pad
@@ -265,3 +266,8 @@ def test_a_torn_manifest_is_no_checkpoint(step: Path, text: str) -> None:
     (step / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         open_run_or_checkpoint(step)
+
+
+def test_a_stage_is_saved_as_a_number_by_every_python() -> None:
+    # Python 3.11.0 to 3.11.3 pickle other enums as a call of getattr, which no checkpoint of ours may hold.
+    assert ZeroStageEnum.weights.__reduce_ex__(2) == (ZeroStageEnum, (3,))
