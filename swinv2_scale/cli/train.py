@@ -51,6 +51,10 @@ def _train(arguments: argparse.Namespace, needs_weights: bool) -> int:
     """Validate before torch is imported, run, and turn errors into exit codes."""
     try:
         adopt()
+    except ScaleError as error:  # which process this is isn't known: each speaks for itself
+        print(error.report, file=sys.stderr, flush=True)
+        return int(error.exit_code)
+    try:
         loaded = load_config(arguments.config, arguments.overrides)
         if needs_weights and loaded.config.init_from is None:
             raise ConfigError(

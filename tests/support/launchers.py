@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.processes import DEADLINE_S, REPOSITORY
+from tests.support.processes import DEADLINE_S, OF_LAUNCHERS, REPOSITORY
 
 PROGRAMS = Path(sys.executable).parent
-#: Of a job that a test started by itself; launchers add their own.
-_NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_PORT")
 
 
 @dataclass
@@ -79,7 +77,7 @@ class Launched:
 
 def environment() -> dict[str, str]:
     """A user's: nothing of a launcher, and threads that sleep while they wait."""
-    kept = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    kept = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     return kept | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",

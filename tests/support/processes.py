@@ -20,6 +20,18 @@ REPOSITORY = Path(__file__).parents[2]
 DEADLINE_S = 240
 
 
+#: What a process of a job has in its environment: a launcher's variables, and what launchers.place makes of them.
+OF_LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
 @dataclass
 class Finished:
     """Exit codes of the ranks, and everything they printed."""
@@ -131,7 +143,8 @@ def start(script: Path, *arguments: object, processes: int = 1, **variables: str
     Args:
         variables: more of the ranks' environment.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    # A test that ran a command in this process left what the command put there.
+    environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     environment |= variables | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     port = _free_port()
     logs = Path(tempfile.mkdtemp(dir=zygote().logs.name))
