@@ -56,14 +56,13 @@ def test_the_silent_one_of_512_ranks_is_found_on_the_board(monkeypatch: pytest.M
 
 
 def test_a_process_may_open_a_file_for_every_rank_where_the_usual_limit_is_too_low() -> None:
+    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 4096)
     code = (
         "import resource\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (64, {most}))\n"
         "from swinv2_scale import dist\n"
         "dist.allow_open_files()\n"
         "print(*resource.getrlimit(resource.RLIMIT_NOFILE))\n"
     )
-    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 4096:
-        pytest.fail("this machine's own hard limit is below 4,096")
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert ended.stdout == "4096 4096\n"
+    assert ended.stdout == f"{most} {most}\n"
