@@ -148,6 +148,8 @@ class Board:
 
     def write(self, name: str, note: str) -> None:
         self._store.set(name, note)
+        # The store doesn't answer a write: somebody who was told of it by another way could read before it is there.
+        self._store.check([name])
 
     def read(self, names: Sequence[str]) -> list[str] | None:
         """The notes with these names; None, without waiting, if one of them was never written."""
