@@ -182,9 +182,9 @@ class Loop:
         if saver.is_pending and not num_busy:
             saver.advance()
         if must_stop:
-            log().info(
-                "stopping after step %d: %s", self.state.step, self.stop_request.reason or "another rank was asked to"
-            )
+            reasons = enumerate(dist.gather(self.stop_request.reason))
+            self.stop_request.reason = next(f"{why} (rank {rank})" if rank else why for rank, why in reasons if why)
+            log().info("stopping after step %d: %s", self.state.step, self.stop_request.reason)
         return bool(must_stop)
 
     def _may_step(self, loss: float, grad_norm: float) -> bool:

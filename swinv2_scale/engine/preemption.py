@@ -57,6 +57,11 @@ class StopRequest:
         self._reason = self._reason or self._find()
         return self._reason
 
+    @reason.setter
+    def reason(self, why: str) -> None:
+        """The one that all ranks go by."""
+        self._reason = why
+
     def _find(self) -> str | None:
         now = time.monotonic()
         if self._looked_at:

@@ -184,8 +184,11 @@ class RunDirectory:
         """Add a line about how this life ended; by rank 0 alone, while it still has the lock.
 
         An attempt that didn't become a life has one too, where the run has begun and no other job is using it: its
-        ranks never met, say. Failing to write it is no error, as the end that it is about is what counts.
+        ranks never met, say. One that found nothing left to do has none. Failing to write it is no error, as the end
+        that it is about is what counts.
         """
+        if exit_code == 0 and self.step is None:
+            return
         try:
             if self._lock is None:
                 if not self.lives.exists():

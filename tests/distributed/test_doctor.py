@@ -1,8 +1,8 @@
 """``swinv2-scale doctor`` in two real processes: what is well, what differs, and who never answers."""
 
 import json
-import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.support.processes import REPOSITORY, Job, start
 from tests.support.small_run import write_config
 
 WORKER = REPOSITORY / "tests" / "distributed" / "workers" / "doctor.py"
-FAULTS = ("none", "another configuration", "never comes", "stops after joining", "a manifest that never answers")
+FAULTS = ("none", "another configuration", "never comes", "stops after joining", "a store that never answers")
 #: The command's own promise, with its waits shortened; the rest is a busy machine's.
 DEADLINE_S = 60
 
@@ -25,13 +25,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, t
     """
     root = tmp_path_factory.mktemp("doctor")
     config = write_config(root, shards)
-    silent = root / "silent"
-    silent.mkdir()
-    (silent / "0.tar").touch()
-    os.mkfifo(silent / "manifest.json")
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections, and never says a word
     jobs: dict[str, Job] = {}
     for fault in FAULTS:
-        words = [f"data.train={silent}/*.tar"] if "manifest" in fault else []
+        words = [f"data.train=http://127.0.0.1:{silent.getsockname()[1]}/0.tar"] if "store" in fault else []
         run = root / fault / "run"
         jobs[fault] = start(WORKER, fault, config, *words, "--run-dir", run, "--json", processes=2)
     found = {}
@@ -91,8 +88,8 @@ def test_a_rank_that_stops_after_joining_ends_the_others_in_time(ended) -> None:
     assert "rank 0 failed while telling the others what it found" in checks(output)["group"]["found"]
 
 
-def test_a_disk_that_never_answers_is_a_finding(ended) -> None:
-    codes, output = ended["a manifest that never answers"]
+def test_a_store_that_never_answers_is_a_finding(ended) -> None:
+    codes, output = ended["a store that never answers"]
     assert codes == [78, 78]
     found = checks(output)
     assert found["training data"]["found"] == "no answer within 3 s"

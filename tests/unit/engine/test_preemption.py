@@ -17,6 +17,7 @@ from swinv2_scale.launchers.processes import read
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
