@@ -6,7 +6,7 @@ Real jobs (launch/pretrain.py), one thread a process, each process pinned to a c
 process. The control is two jobs at the same time, not one alone: two processes share caches and memory even where they
 don't talk. All four processes are started together, and then take turns, one step each: while one side works the other
 is stopped (SIGSTOP). So what the machine's neighbours do meets both alike; jobs of a minute, one after the other, came
-to efficiencies from 90 to 113 %. A step is timed from SIGCONT to its row in metrics.jsonl. Efficiency of a turn =
+to efficiencies from 92 to 113 %. A step is timed from SIGCONT to its row in metrics.jsonl. Efficiency of a turn =
 images/s of the job of two / sum of the images/s of the two independent ones.
 """
 
