@@ -14,6 +14,7 @@ from typing import Any
 
 from swinv2_scale.cli.train import run_dir_of, train_parser
 from swinv2_scale.config.loader import load_config
+from swinv2_scale.engine.preemption import on_stop_signals
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.status import RunStatus, read_status
 from swinv2_scale.errors import ClusterError, ConfigError
@@ -53,9 +54,7 @@ def _launch(arguments: argparse.Namespace) -> None:
             print(f"{signal.Signals(number).name}: the job saves a checkpoint and stops", flush=True)
         told.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
+    on_stop_signals(note)
     earlier = _lives(run.root)
     try:
         # pdsh and ssh read a terminal if they are given one.

@@ -74,7 +74,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[LoadedConfig, list[str]]:
     Raises:
         ConfigError: it is wrong, or not of so many nodes, or its batch can't be dealt to so many GPUs.
     """
-    from swinv2_scale.engine.deepspeed_config import accumulation_steps
+    from swinv2_scale.plan.batch import accumulation_steps
 
     nodes, world_size = arguments.nodes, arguments.nodes * arguments.gpus_per_node
     loaded = load_config(arguments.config, arguments.overrides)

@@ -6,7 +6,7 @@ from typing import Any
 
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.errors import ConfigError, ConfigProblem
-from swinv2_scale.plan.batch import accumulation_steps as accumulation_steps
+from swinv2_scale.plan.batch import accumulation_steps
 
 
 def translate(config: RunConfig, world_size: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from swinv2_scale.data.ledger import Quarantined
 from swinv2_scale.engine import activation_checkpointing, checkpoint, evaluate, random_states, restore, zero
 from swinv2_scale.engine.accounting import Accounting
 from swinv2_scale.engine.amplitudes import AmplitudeMeter
-from swinv2_scale.engine.deepspeed_config import accumulation_steps, read_back, translate
+from swinv2_scale.engine.deepspeed_config import read_back, translate
 from swinv2_scale.engine.deepspeed_import import deepspeed, deepspeed_logger
 from swinv2_scale.engine.doctor.storage import check_before_training
 from swinv2_scale.engine.inputs import Inputs, open_inputs
@@ -37,6 +37,7 @@ from swinv2_scale.errors import CheckpointError, ClusterError, ConfigError, Exit
 from swinv2_scale.launchers import place as launchers
 from swinv2_scale.launchers.place import Place
 from swinv2_scale.launchers.processes import Process, hostfile_of, own_launcher
+from swinv2_scale.plan.batch import accumulation_steps
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.tasks.simmim import SimMIMTask
 from swinv2_scale.telemetry.console import ProgressLine, log, log_to_file, start_logging
@@ -73,7 +74,7 @@ def run_job(loaded: LoadedConfig, options: JobOptions) -> ExitCode:
 
     watchdog = Watchdog(cluster, directory.log(place.rank), record_end)
     try:
-        _check_cluster(cluster, place, launcher)
+        check_cluster(cluster, place, launcher)
         dist.allow_open_files()
         dist.start(cluster.timeout_s)
         with dist.peers_may_be_lost("training", watchdog.who_is_missing):
@@ -267,8 +268,12 @@ class _BetweenSteps:
             log().warning("step %d: %d damaged %s samples %s, one: %s", step, len(lost), use, done, lost[0].cause)
 
 
-def _check_cluster(cluster: ClusterConfig, place: Place, launcher: list[Process]) -> None:
-    """Before the processes join: a wrong hostfile makes DeepSpeed train on one node, without an error."""
+def check_cluster(cluster: ClusterConfig, place: Place, launcher: list[Process]) -> None:
+    """Before the processes join: a wrong hostfile makes DeepSpeed train on one node, without an error.
+
+    Raises:
+        ClusterError: the launcher has started something else than the configuration, or its own options, ask for.
+    """
     hostfile = hostfile_of(launcher)
     problem = None
     if hostfile is not None and not hostfile.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,10 +42,7 @@ class StopRequest:
         self._signal: signal.Signals | None = None
         self._reason: str | None = None
         self._file_seen_at = self._looked_at = self._longest_s = 0.0
-        for number in STOP_SIGNALS:
-            # nohup: who closes the terminal wants the job to go on.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
+        on_stop_signals(self._note)
 
     @property
     def is_made(self) -> bool:
@@ -82,6 +79,14 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> Any:
         self._signal = self._signal or signal.Signals(number)
+
+
+def on_stop_signals(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Let a handler have every stop signal of this process."""
+    for number in STOP_SIGNALS:
+        # nohup: who closes the terminal wants the job to go on.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def end_of_slurm_job() -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.processes import DEADLINE_S, OF_LAUNCHERS, REPOSITORY
+from tests.support.processes import DEADLINE_S, OF_LAUNCHERS, REPOSITORY, free_port
 
 PROGRAMS = Path(sys.executable).parent
 
@@ -114,9 +113,3 @@ def deepspeed(*options: object) -> list[object]:
 
 def torchrun(*options: object) -> list[object]:
     return [PROGRAMS / "torchrun", "--master-port", free_port(), *options]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -146,7 +146,7 @@ def start(script: Path, *arguments: object, processes: int = 1, **variables: str
     # A test that ran a command in this process left what the command put there.
     environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     environment |= variables | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    port = _free_port()
+    port = free_port()
     logs = Path(tempfile.mkdtemp(dir=zygote().logs.name))
     ranks = []
     for rank in range(processes):
@@ -185,7 +185,7 @@ def run_worker(name: str, *arguments: object, processes: int) -> Finished:
     return finished
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import launchers
 from tests.support.hosts import Host, environment_file, reachable_by_ssh, two_hosts
+from tests.support.kills import newest_step
 from tests.support.launchers import Launched, deepspeed, pretrain, torchrun
 from tests.support.processes import DEADLINE_S
 from tests.support.small_run import LIGHT, metrics, write_config
@@ -62,8 +63,8 @@ def test_two_hosts_over_pdsh_train_as_two_processes_of_one_and_outlive_signals_t
         job.wait_for_step(before + 3)
         os.kill(job.process.pid, hit)
         job.wait()
-        assert saved_step(run) == len(metrics(run)), job.output
-    last = saved_step(run) + 2
+        assert newest_step(run) == len(metrics(run)), job.output
+    last = newest_step(run) + 2
     job = start(hosts, tmp_path, config, "--steps", last, *training)
     assert job.wait() == 0, job.output
     alone = tmp_path / "alone"
@@ -97,13 +98,8 @@ def test_f19_a_cut_between_hosts_ends_both_halves_in_time_and_leaves_no_process(
     for rank in range(2):
         log = (run / "log" / f"rank-{rank}.log").read_text()
         assert re.search(rf"rank {1 - rank} on {hosts[1 - rank].name} no longer answers", log), log[-3000:]
-    published = saved_step(run)
+    published = newest_step(run)
     assert published <= len(metrics(run)) < published + 10
     again = start(hosts, tmp_path, config, "checkpoint.every_steps=5", ENDLESS, "--steps", published + 2)
     assert again.wait() == 0, again.output
     assert f"step-{published:08d}" in again.output
-
-
-def saved_step(run: Path) -> int:
-    """The step of the newest checkpoint."""
-    return max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import launchers
+from tests.support.kills import newest_step
 from tests.support.launchers import PROGRAMS, deepspeed, pretrain, torchrun
 from tests.support.small_run import LIGHT, metrics, write_config
 
@@ -26,11 +27,6 @@ ENDLESS = "optim.total_steps=100000"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     return write_config(tmp_path_factory.mktemp("config"), shards)
-
-
-def saved_step(run: Path) -> int:
-    """The step of the newest checkpoint."""
-    return max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
 def run_to_the_end(command: Sequence[object], run: Path) -> list[dict[str, object]]:
@@ -106,9 +102,9 @@ def test_f16_a_signal_to_any_process_above_the_ranks_is_a_checkpoint_and_no_orph
         code = job.wait()
         if who == "our wrapper":
             assert code == 85, job.output
-        assert saved_step(run) == len(metrics(run)) >= before + 3, (who, hit, job.output)
+        assert newest_step(run) == len(metrics(run)) >= before + 3, (who, hit, job.output)
         assert "stopping after step" in job.output
-    last = saved_step(run) + 2
+    last = newest_step(run) + 2
     whole = run_to_the_end(
         [*torchrun("--nproc-per-node", 2), *pretrain(config, tmp_path / "whole", "--steps", last, *training)],
         tmp_path / "whole",
@@ -127,7 +123,7 @@ def test_f16_a_signal_to_torchruns_agent_is_a_checkpoint_and_no_orphan(
     job.wait_for_step(3)
     os.kill(job.process.pid, hit)
     job.wait()
-    assert saved_step(run) == len(metrics(run)), job.output
+    assert newest_step(run) == len(metrics(run)), job.output
 
 
 def test_torchruns_second_attempt_goes_on_from_the_last_checkpoint(tmp_path: Path, config: Path) -> None:

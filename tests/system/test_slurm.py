@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.kills import newest_step
 from tests.support.processes import REPOSITORY
 from tests.support.slurm import DEADLINE_S, Slurm, is_installed, slurm
 from tests.support.small_run import LIGHT, metrics, write_config
@@ -119,10 +120,6 @@ def ranks_of(run: Path) -> list[int]:
     return found
 
 
-def checkpoint_steps(run: Path) -> list[int]:
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*/manifest.json"))
-
-
 def test_f16_five_lives_of_a_job_give_the_loss_curve_of_an_unbroken_run(cluster: Cluster, tmp_path: Path) -> None:
     run, slurm = tmp_path / "run", cluster.slurm
     job = cluster.submit(run, *OVERRIDES)
@@ -135,19 +132,19 @@ def test_f16_five_lives_of_a_job_give_the_loss_curve_of_an_unbroken_run(cluster:
     assert f"SLURM_JOB_END_TIME={ends:.0f}" in environment
     slurm.run("scancel", "--batch", "--signal=USR1", job)  # to the batch shell alone, which hands it on
     cluster.wait_for_requeue(job, restarts=1)
-    assert checkpoint_steps(run)[-1] == num_steps(run)
+    assert newest_step(run) == num_steps(run)
 
     cluster.wait_for_steps(job, run, 10)
     urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     preemptor = slurm.run("sbatch", "--parsable", *urgent)
     cluster.wait_for_requeue(job, restarts=2)
-    assert checkpoint_steps(run)[-1] == num_steps(run)
+    assert newest_step(run) == num_steps(run)
     slurm.wait(preemptor, "COMPLETED")
 
     cluster.wait_for_steps(job, run, 10)
     slurm.run("scancel", "--batch", "--signal=TERM", job)
     cluster.wait_for_requeue(job, restarts=3)
-    assert checkpoint_steps(run)[-1] == num_steps(run)
+    assert newest_step(run) == num_steps(run)
 
     cluster.wait_for_steps(job, run, 10)
     os.kill(pid_of_rank_zero(run), signal.SIGKILL)
@@ -209,7 +206,7 @@ def test_f16_a_time_limit_a_drained_node_and_a_cancelled_job_lose_nothing(cluste
     assert slurm.job(job)["JobState"] == "CANCELLED"  # our script didn't requeue it
     found = status(run)
     assert [(life["exit_code"], reason(life)) for life in found["lives"]] == [(85, "SIGUSR1"), (85, "SIGTERM")]
-    assert checkpoint_steps(run)[-1] == num_steps(run) == found["checkpoint"]["step"]
+    assert newest_step(run) == num_steps(run) == found["checkpoint"]["step"]
 
 
 def test_f16_a_signal_while_ranks_start_requeues_a_job_and_a_file_stops_it_for_good(

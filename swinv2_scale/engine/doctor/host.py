@@ -17,13 +17,16 @@ from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.model import AttentionBackend
 from swinv2_scale.config.run import RunConfig
-from swinv2_scale.engine.deepspeed_config import accumulation_steps
 from swinv2_scale.engine.doctor.findings import Finding, of_error, problem, size, warning
 from swinv2_scale.engine.doctor.storage import checkpoint_bytes
-from swinv2_scale.engine.job import TASKS
+from swinv2_scale.engine.job import TASKS, check_cluster
 from swinv2_scale.engine.resume import plain, versions
+from swinv2_scale.errors import ClusterError
+from swinv2_scale.launchers.place import find
+from swinv2_scale.launchers.processes import own_launcher
 from swinv2_scale.models.ops.attend import resolve
 from swinv2_scale.models.tiles import tiling
+from swinv2_scale.plan.batch import accumulation_steps
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  where torch puts what loader workers hand over
 #: Open shard files, and what Python, torch and the log need.
@@ -114,7 +117,7 @@ def _attention_backends() -> list[str]:
         table = torch.zeros(1, 3, 3, device=device, requires_grad=True)
         try:
             resolve(name, 2**20)(qkv, torch.ones(1, device=device), table, tiles).sum().backward()  # type: ignore[no-untyped-call]
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:
             continue
         usable.append(name)
     return usable
@@ -208,15 +211,15 @@ def look_at_network() -> list[Finding]:
 
 def look_at_cluster(config: RunConfig | None) -> list[Finding]:
     """What the launcher has started, against what was asked for; by rank 0."""
-    processes, nodes = dist.world_size(), dist.world_size() // dist.local_world_size()
+    place = find(os.environ)
+    processes, nodes = place.world_size, place.num_nodes
     text = f"{processes} process{'es' * (processes > 1)} on {nodes} node{'s' * (nodes > 1)}"
     if config is None:
         return [Finding("processes", text)]
-    cluster = config.cluster
-    advice = "check the hostfile's path and contents (DeepSpeed goes on without it), or the key"
-    for key, asked, found in (("world_size", cluster.world_size, processes), ("num_nodes", cluster.num_nodes, nodes)):
-        if asked is not None and asked != found:
-            return [problem("processes", f"{text}, but cluster.{key} is {asked}", advice)]
+    try:
+        check_cluster(config.cluster, place, own_launcher())
+    except ClusterError as error:
+        return [problem("processes", f"{text}, but {error.message}", error.next_step)]
     try:
         count = accumulation_steps(config, processes)
     except Exception as error:

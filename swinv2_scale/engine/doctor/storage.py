@@ -17,7 +17,7 @@ from swinv2_scale.config.run import RunConfig
 from swinv2_scale.engine.doctor.compiled import compile_locks
 from swinv2_scale.engine.doctor.findings import Finding, answer, of_error, problem, size, warning, worst
 from swinv2_scale.errors import OutputError
-from swinv2_scale.plan.cost import num_parameters
+from swinv2_scale.plan import zero
 from swinv2_scale.telemetry.console import log
 
 #: Saved at once: the newest stays until the next one is published.
@@ -32,14 +32,8 @@ FREE, SHARED = "disk for checkpoints", "run directory"
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """What one checkpoint takes, but for the little that the task adds to the backbone (3 % for SwinV2-B)."""
-    engine = config.engine
-    each = 12 + 4 * (config.optim.ema_decay is not None)  # masters, two moments, average
-    if engine.precision == "bf16":
-        each += 2 * (engine.zero_stage < 3)
-    else:
-        each += 4 * (engine.zero_stage in (1, 2))
-    return each * num_parameters(config.model)
+    """What one checkpoint of this job takes."""
+    return zero.checkpoint_bytes(zero.Sharding.of(config, dist.world_size()))[0]
 
 
 def check_before_training(config: RunConfig, checkpoints: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from swinv2_scale import dist
 from swinv2_scale.config.loader import load_config
-from swinv2_scale.engine.deepspeed_config import accumulation_steps, read_back, translate
+from swinv2_scale.engine.deepspeed_config import read_back, translate
 from swinv2_scale.errors import ConfigError
+from swinv2_scale.plan.batch import accumulation_steps
 from tests.support.processes import REPOSITORY
 from tests.support.small_run import write_config
 
