@@ -7,6 +7,7 @@ nothing has to be saved in a checkpoint, and recomputing a block draws the same 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -45,11 +46,13 @@ class Draw:
         seed: the run's seed.
         epoch: how often the data set has been seen; validation uses one fixed name instead.
         sample: the sample's id, unique in its data set.
+        position: where in the endless order of the training the sample stands; for what it shares with neighbours.
     """
 
     seed: int
     epoch: int | str
     sample: str
+    position: int = 0
 
     def key(self, purpose: str) -> int:
         return key_of(self.seed, self.epoch, self.sample, purpose)
@@ -102,6 +105,23 @@ def uniform(keys: Tensor, stream: int) -> Tensor:
     state = (state ^ _shift_right(state, 27)) * _signed(_MIX_B)
     state = state ^ _shift_right(state, 31)
     return _shift_right(state, 40).to(torch.float32) * 2.0**-24
+
+
+def normal(keys: Tensor, count: int) -> Tensor:
+    """``count`` numbers of a standard normal distribution per key, on the keys' device.
+
+    Args:
+        keys: int64 (B,), one per sample.
+
+    Returns:
+        float32 (B, count).
+    Source: Box and Muller (1958).
+    """
+    pairs = torch.arange((count + 1) // 2, device=keys.device)
+    own = keys[:, None] + pairs * _signed((2 * _GAMMA) & _MASK)
+    radius = (-2 * torch.log1p(-uniform(own, 0))).sqrt()
+    angle = 2 * math.pi * uniform(own, 1)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), 1)[:, :count]
 
 
 def _signed(value: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from swinv2_scale.config.model import VARIANTS
 from swinv2_scale.config.rules import cross_section_problems
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.source import KeyPath, Settings, apply_overrides, format_value, read_settings
+from swinv2_scale.config.tasks import TASK_SECTIONS
 from swinv2_scale.errors import ConfigError, ConfigProblem
 
 #: What other trainers call it.
@@ -139,7 +139,12 @@ def _problems(error: ValidationError, settings: Settings) -> list[ConfigProblem]
         key = _key_of(item["loc"])
         if item["type"] == "extra_forbidden":
             message = "no such key"
-            suggestions[key] = nearest_key(key)
+            suggestions[key] = nearest_key(key, _task_of(settings))
+        elif item["type"] == "no_such_task":
+            key = (*key, "name")
+            name = _task_of(settings)
+            message = f"{format_value(name)} is none of {', '.join(TASK_SECTIONS)}"
+            suggestions[key] = next(iter(difflib.get_close_matches(str(name), TASK_SECTIONS, 1)), "")
         elif item["type"] == "missing":
             message = "is required"
         else:
@@ -154,36 +159,52 @@ def _problems(error: ValidationError, settings: Settings) -> list[ConfigProblem]
 
 
 def _key_of(loc: tuple[int | str, ...]) -> KeyPath:
-    """A pydantic location without the union branches and positions that it appends."""
+    """A pydantic location without the union branches and positions that it puts in."""
     key: list[str] = []
-    section: type[BaseModel] | None = RunConfig
+    sections: list[type[BaseModel]] = [RunConfig]
     for part in loc:
-        if section is None or not isinstance(part, str):
+        if not sections or not isinstance(part, str):
             break
-        key.append(part)
-        section = _section_type(section, part)
+        if len(sections) > 1 and part in TASK_SECTIONS:
+            sections = [TASK_SECTIONS[part]]
+        else:
+            key.append(part)
+            sections = _sections(sections[0], part)
     return tuple(key)
 
 
-def _section_type(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+def _task_of(settings: Settings) -> str | None:
+    history = settings.history.get(("task", "name"))
+    return history[-1].value if history else None
+
+
+def _sections(section: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    """What a key may hold: none for a plain value, several where its kind is chosen by name."""
     found = section.model_fields.get(name)
-    annotation = found.annotation if found else None
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    options = [found.annotation] if found else []
+    while nested := [argument for option in options for argument in typing.get_args(option)]:
+        options = [option for option in options if isinstance(option, type)] + nested
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
 
 
-def _all_keys(section: type[BaseModel], prefix: KeyPath = ()) -> list[KeyPath]:
+def _all_keys(section: type[BaseModel], task: str | None, prefix: KeyPath = ()) -> list[KeyPath]:
     keys: list[KeyPath] = []
     for name in section.model_fields:
-        below = _section_type(section, name)
         keys.append((*prefix, name))
-        keys += _all_keys(below, (*prefix, name)) if below else []
+        below = _sections(section, name)
+        chosen = [b for b in below if TASK_SECTIONS.get(task or "") is b] or below
+        for option in chosen:
+            keys += _all_keys(option, task, (*prefix, name))
     return keys
 
 
-def nearest_key(key: KeyPath) -> str:
-    """A key of the same name elsewhere, else a sibling that is spelled alike, else one spelled alike elsewhere."""
-    known = _all_keys(RunConfig)
+def nearest_key(key: KeyPath, task: str | None = None) -> str:
+    """A key of the same name elsewhere, else a sibling that is spelled alike, else one spelled alike elsewhere.
+
+    Args:
+        task: the name of the one whose keys count; None: all of them.
+    """
+    known = _all_keys(RunConfig, task)
     same = [k for k in known if k[-1] == key[-1]]
     if same:
         return ".".join(same[0])

@@ -10,6 +10,9 @@ from swinv2_scale import geometry
 
 AttentionBackend = Literal["eager", "sequential", "sdpa"]
 PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 #: One entry a stage: a number, or (height, width); 0 is "its own".
 PretrainedWindows = tuple[Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt], ...]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

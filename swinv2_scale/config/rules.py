@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from swinv2_scale.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_BY_CONFIG
 from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.config.run import RunConfig, patterns_of
+from swinv2_scale.config.tasks import ClassificationConfig, RandAugment, SimMIMConfig
 from swinv2_scale.errors import ConfigProblem
 from swinv2_scale.geometry import nearest_multiples
 
@@ -38,6 +40,13 @@ _RESUME_POLICY: dict[str, ResumePolicy] = {
     "optim.clip_grad_norm": "warn",
     "optim.weight_decay": "warn",
     "optim.ema_decay": "warn",
+    "optim.layer_decay": "warn",
+    "task.class_names": "free",
+    "task.crop_pct": "free",
+    "task.crop_mode": "free",
+    "task.init_head": "free",  # a run with a checkpoint has its head
+    "task.init_head_map": "free",
+    "task.head_init_std": "free",
     "engine.precision": "warn",  # masters and moments are float32 in each
     "engine.zero_stage": "warn",  # the masters and moments are the same, cut elsewhere; the order of additions changes
     "engine.activation_checkpointing": "free",
@@ -136,7 +145,22 @@ def _window_problems(model: ModelConfig) -> list[ConfigProblem]:
 
 
 def _task_problems(config: RunConfig) -> list[ConfigProblem]:
-    model, task = config.model, config.task
+    task = config.task
+    problems = _simmim_problems(config.model, task) if isinstance(task, SimMIMConfig) else []
+    if isinstance(task, ClassificationConfig):
+        problems = _classification_problems(config, task)
+    for key, (low, high) in (("task.crop_scale", task.crop_scale), ("task.crop_ratio", task.crop_ratio)):
+        if low > high:
+            problems.append(ConfigProblem(key, f"({low}, {high}) is (smallest, largest): the first exceeds the second"))
+    if task.crop_scale[1] > 1:
+        problems.append(ConfigProblem("task.crop_scale", f"{task.crop_scale[1]} is a share of the image, at most 1"))
+    if config.evaluation.metric != "loss" and task.name == "simmim":
+        message = f"{config.evaluation.metric} is no metric of simmim, loss is"
+        problems.append(ConfigProblem("evaluation.metric", message))
+    return problems
+
+
+def _simmim_problems(model: ModelConfig, task: SimMIMConfig) -> list[ConfigProblem]:
     problems = []
     if task.mask_patch_size % model.patch_size:
         fits = nearest_multiples(task.mask_patch_size, model.patch_size)
@@ -156,11 +180,34 @@ def _task_problems(config: RunConfig) -> list[ConfigProblem]:
     if window and (window % 2 == 0 or window == 1 or window > min(model.image_shape)):
         message = f"{window} must be odd, at least 3 and at most the image's {min(model.image_shape)} px"
         problems.append(ConfigProblem("task.target_norm_window", message))
-    for key, (low, high) in (("task.crop_scale", task.crop_scale), ("task.crop_ratio", task.crop_ratio)):
-        if low > high:
-            problems.append(ConfigProblem(key, f"({low}, {high}) is (smallest, largest): the first exceeds the second"))
-    if task.crop_scale[1] > 1:
-        problems.append(ConfigProblem("task.crop_scale", f"{task.crop_scale[1]} is a share of the image, at most 1"))
+    return problems
+
+
+def _classification_problems(config: RunConfig, task: ClassificationConfig) -> list[ConfigProblem]:
+    model, data, problems = config.model, config.data, []
+    if model.num_classes < 2:
+        message = f"{model.num_classes}: classification tells two classes or more apart; set it to the data set's"
+        problems.append(ConfigProblem("model.num_classes", message))
+    if task.aa is not None:
+        try:
+            RandAugment.of(task.aa)
+        except ValueError as error:
+            problems.append(ConfigProblem("task.aa", f"{task.aa!r}: {error}"))
+        if data.pixel_type != "uint8" or model.in_channels not in (1, 3):
+            message = (
+                f"RandAugment changes images of 8 bits and 1 or 3 channels; data.pixel_type is {data.pixel_type}, "
+                f"model.in_channels {model.in_channels}; set it to null"
+            )
+            problems.append(ConfigProblem("task.aa", message))
+    if task.is_mixed and data.micro_batch_size % 2:
+        message = (
+            f"{data.micro_batch_size} is odd, task.mixup and task.cutmix mix pairs of neighbours; "
+            "choose an even one, or set both to 0"
+        )
+        problems.append(ConfigProblem("data.micro_batch_size", message))
+    if task.init_head_map is not None and task.init_head != "auto":
+        message = f"a map picks rows of the old head, task.init_head is {task.init_head!r}; leave one of them out"
+        problems.append(ConfigProblem("task.init_head_map", message))
     return problems
 
 
@@ -192,6 +239,16 @@ def _optim_problems(config: RunConfig) -> list[ConfigProblem]:
     for key, value in (("optim.min_lr", optim.min_lr), ("optim.warmup_lr", optim.warmup_lr)):
         if value > optim.lr:
             problems.append(ConfigProblem(key, f"{value} is above optim.lr {optim.lr}"))
+    if optim.schedule == "multistep":
+        steps = (0, *optim.milestones, optim.total_steps)
+        if not optim.milestones or any(a >= b for a, b in pairwise(steps)):
+            message = (
+                f"{list(optim.milestones)}: multistep takes ascending steps below optim.total_steps {optim.total_steps}"
+            )
+            problems.append(ConfigProblem("optim.milestones", message))
+    elif optim.milestones:
+        message = f"{list(optim.milestones)}: only optim.schedule multistep has milestones, it is {optim.schedule}"
+        problems.append(ConfigProblem("optim.milestones", message))
     return problems
 
 
@@ -221,6 +278,9 @@ def _engine_problems(config: RunConfig) -> list[ConfigProblem]:
 
 def _checkpoint_problems(config: RunConfig) -> list[ConfigProblem]:
     every, validation = config.checkpoint.every_steps, config.evaluation.every_steps
+    if config.evaluation.patience is not None and not (validation and config.data.validation):
+        message = "stopping early takes data.validation, and evaluation.every_steps above 0"
+        return [ConfigProblem("evaluation.patience", message)]
     if not config.checkpoint.keep_best:
         return []
     if config.data.validation is None:

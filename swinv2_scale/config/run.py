@@ -7,11 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from swinv2_scale.config.model import Fraction, ModelConfig, PositiveInt, Section
+from swinv2_scale.config.model import (
+    Fraction,
+    ModelConfig,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from swinv2_scale.config.tasks import TaskConfig
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 #: A path, a brace pattern (``train-{000000..000127}.tar``), a glob, several joined with ``::``, ``embedded:NAME``,
 #: ``http(s)://``, ``s3://``, ``gs://``, or ``pipe:COMMAND`` where ``data.remote.allowed_commands`` has the command.
 ShardPattern = str | tuple[str, ...]
@@ -74,22 +80,6 @@ class DataConfig(Section):
     pixel_std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)
 
 
-class SimMIMConfig(Section):
-    """Masked image modelling (SimMIM, arXiv 2111.09886), with the values of the released code."""
-
-    name: Literal["simmim"] = "simmim"
-    #: Side of one mask unit in pixels.
-    mask_patch_size: PositiveInt = 32
-    #: Share of the units that is hidden; the count is rounded up.
-    mask_ratio: Annotated[float, Field(gt=0, le=1)] = 0.6
-    #: Side of the sliding window whose mean and variance normalise the target; 0: raw pixels. Odd, as Swin V2's 47.
-    target_norm_window: NonNegativeInt = 0
-    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.67, 1.0)
-    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
-    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-
-
 class OptimConfig(Section):
     """AdamW, clipping, and a schedule that is a function of the step alone."""
 
@@ -98,6 +88,15 @@ class OptimConfig(Section):
     warmup_steps: NonNegativeInt = 0
     warmup_lr: NonNegativeFloat = 0.0
     min_lr: NonNegativeFloat = 0.0
+    #: What follows the warm-up, over the rest of ``total_steps``: half a ``cosine`` or a ``linear`` fall to ``min_lr``;
+    #: ``multistep``: ``lr`` times ``gamma`` for every milestone that was passed.
+    schedule: Literal["cosine", "linear", "multistep"] = "cosine"
+    #: Of ``multistep``: steps, ascending.
+    milestones: tuple[PositiveInt, ...] = ()
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    #: The head learns with ``lr``, each layer below it with this times the rate of the one above (numbered as in the
+    #: released code), so that early layers of trained weights change less. 1: all the same.
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
@@ -166,19 +165,23 @@ class CheckpointConfig(Section):
     keep: Annotated[int, Field(ge=2)] = 3
     #: Beside them, those of steps that this divides; None: no others.
     keep_every_steps: PositiveInt | None = None
-    #: Beside them, so many with the smallest validation loss; needs a checkpoint wherever there is a validation.
+    #: Beside them, so many that ``evaluation.metric`` finds best; needs a checkpoint wherever there is a validation.
     keep_best: NonNegativeInt = 0
     #: Training goes on while a checkpoint is written; it takes the memory of what this process writes once more.
     asynchronous: bool = True
 
 
 class EvaluationConfig(Section):
-    """Loss on held-back shards, with fixed crops and fixed masks."""
+    """Metrics on held-back shards, with fixed crops and fixed masks."""
 
     #: 0: only at the end.
     every_steps: NonNegativeInt = 1000
-    #: At most so many samples of the validation shards, the first ones.
-    samples: PositiveInt = 1024
+    #: At most so many samples of the validation shards, the first ones; None: all of them.
+    samples: PositiveInt | None = 1024
+    #: What ``checkpoint.keep_best`` and ``patience`` judge by: the smallest loss, or the largest top-1 accuracy.
+    metric: Literal["loss", "top1"] = "loss"
+    #: Stop after so many validations in a row that weren't better than the best one before; None: never.
+    patience: PositiveInt | None = None
 
 
 class LoggingConfig(Section):
@@ -212,7 +215,7 @@ class RunConfig(Section):
 
     model: ModelConfig
     data: DataConfig
-    task: SimMIMConfig
+    task: TaskConfig
     optim: OptimConfig
     engine: EngineConfig = EngineConfig()
     anomalies: AnomaliesConfig = AnomaliesConfig()

@@ -12,6 +12,7 @@ import yaml
 from swinv2_scale.errors import ConfigError, ConfigProblem
 
 KeyPath = tuple[str, ...]
+_TASK_NAME: KeyPath = ("task", "name")
 
 #: PyYAML takes time with the square of the depth, and Python's stack ends at a thousand.
 _MAX_DEPTH = 100
@@ -56,6 +57,12 @@ class Settings:
             del self.history[other]
         self.history.setdefault(path, []).append(Setting(value, where))
 
+    def begin_other_task(self, name: Any) -> None:
+        """Forget the section of a task of another name: its keys mean nothing to this one."""
+        known = self.history.get(_TASK_NAME)
+        if name is not None and known and known[-1].value != name:
+            self.history = {path: entries for path, entries in self.history.items() if path[0] != _TASK_NAME[0]}
+
     def where(self, path: KeyPath) -> str:
         """The place of a key, or of the first key below it, or of the nearest one above."""
         for length in range(len(path), 0, -1):
@@ -98,6 +105,8 @@ def apply_overrides(settings: Settings, overrides: list[str]) -> None:
         where = f"command line {word!r}"
         value = _parse(text, where, None) if text else None
         path = tuple(key.split("."))
+        if path == _TASK_NAME:
+            settings.begin_other_task(value)
         if isinstance(value, dict) and value:
             for tail, leaf in _leaves(value, ()):
                 settings.set(path + tail, leaf, where)
@@ -147,7 +156,9 @@ def _read_into(settings: Settings, path: Path, chain: tuple[Path, ...]) -> None:
         raise ConfigError(f"{path}:{lines['extends',]}: extends: is a file name, or a list of them, not {base!r}")
     for name in bases:
         _read_into(settings, path.parent / name, (*chain, path))
-    for key, value in _leaves(data, ()):
+    leaves = _leaves(data, ())
+    settings.begin_other_task(dict(leaves).get(_TASK_NAME))
+    for key, value in leaves:
         settings.set(key, value, f"{path}:{lines.get(key, 1)}")
 
 

@@ -97,7 +97,7 @@ class PositionDataset(Dataset[Any]):
                 key = record.key
                 # As a substitute a sample has other random numbers than as itself.
                 use = f" for {position}" if attempt else ""
-                sample = self.make_sample(record, Draw(self.order.seed, epoch, record.id + use))
+                sample = self.make_sample(record, Draw(self.order.seed, epoch, record.id + use, position))
                 return Item(position, place, sample, sample_digest(position, record.id), lost, record.id)
             except SampleError as error:
                 if not self.skip_damaged:

@@ -41,6 +41,7 @@ class Checkpoint:
     Attributes:
         saved: when, for people; nothing is ordered by it.
         validation_loss: measured at this very step; None if it wasn't.
+        score: what ``evaluation.metric`` says of it, smaller is better.
     """
 
     path: Path
@@ -49,11 +50,12 @@ class Checkpoint:
     files: tuple[FileRecord, ...]
     saved: str = ""
     validation_loss: float | None = None
+    score: float | None = None
 
     def __post_init__(self) -> None:
         # Anybody can write a manifest that agrees with itself.
         counts = self.step, self.world_size - 1
-        is_loss = self.validation_loss is None or isinstance(self.validation_loss, float)
+        is_loss = all(value is None or isinstance(value, float) for value in (self.validation_loss, self.score))
         if not all(type(n) is int and 0 <= n < 2**31 for n in counts) or not isinstance(self.saved, str) or not is_loss:
             raise ValueError("its manifest holds other things than ours")
 
@@ -66,16 +68,27 @@ def name_of(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
-def manifest_text(step: int, world_size: int, files: Sequence[FileRecord], validation_loss: float | None = None) -> str:
+def manifest_text(
+    step: int,
+    world_size: int,
+    files: Sequence[FileRecord],
+    validation_loss: float | None = None,
+    score: float | None = None,
+) -> str:
     """The contents of ``manifest.json``, a digest of themselves among them."""
     data = {
         "step": step,
         "world_size": world_size,
         "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "validation_loss": validation_loss if validation_loss is None or math.isfinite(validation_loss) else None,
+        "validation_loss": _finite(validation_loss),
+        "score": _finite(score),
         "files": [asdict(record) for record in sorted(files, key=lambda record: record.name)],
     }
     return json.dumps({**data, "sha256": _digest(data)}, indent=1)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
 
 
 def find(folder: Path) -> list[Checkpoint]:

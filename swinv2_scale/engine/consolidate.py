@@ -29,7 +29,7 @@ from torch import Tensor
 from swinv2_scale.engine.checkpoint import Checkpoint, FileRecord
 from swinv2_scale.engine.deepspeed_import import LossScaler, ZeroStageEnum, fragment_address
 from swinv2_scale.errors import CheckpointError
-from swinv2_scale.plan.parameters import is_decayed
+from swinv2_scale.plan.parameters import parameter_groups
 
 #: The only classes that a DeepSpeed checkpoint of ours may hold beside tensors and plain data: an enum and a number
 #: holder, and three integers that stage 1 writes in bf16.
@@ -131,7 +131,8 @@ class SavedTensors:
 
     def _lists(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> dict[str, list[_Span]]:
         """Stage 0. Names follow from the groups that build_optimizer makes; tensor() checks the match of masters."""
-        names = [[n for n in weights if is_decayed(n, self.shapes[n]) == is_first] for is_first in (True, False)]
+        saved = optimizer.get("fp32_groups", optimizer.get("param_groups", []))
+        names = [list(group.names) for group in parameter_groups(self.shapes, by_layer=len(saved) > 2)]
         if "fp32_groups" in optimizer:
             groups, states = optimizer["fp32_groups"], optimizer.get("optimizer_state_dict")
             found, expected = [len(group) for group in groups], [len(group) for group in names]

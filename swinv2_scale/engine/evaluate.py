@@ -1,14 +1,15 @@
-"""Validation loss and the reconstruction panel, exact over any number of ranks."""
+"""Metrics over held-back samples and pictures of them, exact over any number of ranks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from swinv2_scale import dist
 from swinv2_scale.data.ledger import Quarantined
@@ -16,25 +17,54 @@ from swinv2_scale.data.loader import Batch
 from swinv2_scale.tasks.base import Task
 
 
-def validation_loss(engine: Any, task: Task, batches: Iterator[Batch]) -> tuple[float, list[Quarantined]]:
-    """Mean loss over the validation samples, each counted once, the same on every rank; and those that were left out.
+@dataclass(frozen=True)
+class Validation:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: by name; the same on every rank.
+        score: what ``evaluation.metric`` says, smaller is better.
+        sums: float64, what the task makes metrics and pictures of.
+    """
+
+    metrics: dict[str, float]
+    score: float
+    sums: Tensor
+
+    @property
+    def loss(self) -> float:
+        return self.metrics["loss"]
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2%}" for name, value in self.metrics.items()
+        )
+
+
+def evaluate(
+    engine: Any, task: Task, batches: Iterator[Batch], metric: str = "loss"
+) -> tuple[Validation, list[Quarantined]]:
+    """Metrics over the validation samples, each counted once, and those that were left out.
 
     Args:
-        batches: this rank's batches; all ranks get the same number of them.
+        batches: this rank's batches; all ranks get the same number of them, one at least.
+        metric: what is judged by: the loss, or a share that should be large.
 
     Raises:
         DataError: on every rank, if a sample can't be read on any and the run doesn't allow for that.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    sums: Tensor | None = None
     lost: list[Quarantined] = []
     with _evaluating(engine):
         while (batch := dist.all_agree(lambda: next(batches, None), "reading validation samples")) is not None:
-            sums += task.evaluation_sums(engine, batch.to(engine.device))
+            found = task.evaluation_sums(engine, batch.to(engine.device))
+            sums = found if sums is None else sums + found
             lost += batch.quarantined
-    total, weight = dist.sum_over_ranks(sums).tolist()
-    # Without a whole sample there is no loss; more are lost then than any run allows.
-    loss = float(total / weight) if weight else math.nan
-    return loss, [sample for samples in dist.gather(lost) for sample in samples]
+    assert sums is not None
+    sums = dist.sum_over_ranks(sums).cpu()
+    metrics = task.metrics(sums)
+    score = metrics[metric] if metric == "loss" else 1 - metrics[metric]
+    return Validation(metrics, score, sums), [sample for samples in dist.gather(lost) for sample in samples]
 
 
 def panel(engine: Any, task: Task, batch: Batch, title: str) -> Image:

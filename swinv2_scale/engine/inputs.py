@@ -64,7 +64,8 @@ class Inputs:
     @property
     def num_held_back(self) -> int:
         """How many validation samples are used."""
-        return min(self.config.evaluation.samples, self.validation.num_samples) if self.validation else 0
+        found = self.validation.num_samples if self.validation else 0
+        return min(self.config.evaluation.samples or found, found)
 
     def panel_batch(self, task: Task) -> Batch:
         """The images of the panel, the same ones every time and on every rank."""

@@ -39,11 +39,15 @@ from swinv2_scale.launchers.place import Place
 from swinv2_scale.launchers.processes import Process, hostfile_of, own_launcher
 from swinv2_scale.plan.batch import accumulation_steps
 from swinv2_scale.tasks.base import Task
+from swinv2_scale.tasks.classification import ClassificationTask
 from swinv2_scale.tasks.simmim import SimMIMTask
 from swinv2_scale.telemetry.console import ProgressLine, log, log_to_file, start_logging
 from swinv2_scale.weights.api import Loading
 
-TASKS = {"simmim": SimMIMTask}
+TASKS: dict[str, type[SimMIMTask] | type[ClassificationTask]] = {
+    "simmim": SimMIMTask,
+    "classification": ClassificationTask,
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def _run(
     loaded, loading = (loaded, None) if found else settle(loaded, task_type)
     config, inputs = loaded.config, replace(inputs, config=loaded.config)
     last_step = min(options.last_step or config.optim.total_steps, config.optim.total_steps)
-    if state.step >= last_step:
+    if state.step >= last_step or state.is_over(config):
         _say_reached(state, config, directory)
         return ExitCode.DONE
 
@@ -212,11 +216,11 @@ class _BetweenSteps:
     def has_validation(self) -> bool:
         return self.inputs.validation is not None
 
-    def begin_save(self, state: TrainState, validation_loss: float | None) -> None:
+    def begin_save(self, state: TrainState, validation: evaluate.Validation | None) -> None:
         self.watchdog.enter("saving a checkpoint", state.step)
         lists = dist.all_agree(lambda: self.output.sync() if self.output else {}, "writing the metrics")
         facts = facts_of(self.inputs.config, self.inputs.train)
-        self.saver.begin(state.step, {**state.to_json(), **facts}, validation_loss, lists)
+        self.saver.begin(state.step, {**state.to_json(), **facts}, validation, lists)
 
     def rewind(self) -> TrainState:
         self.watchdog.enter("going back to the last checkpoint")
@@ -232,19 +236,25 @@ class _BetweenSteps:
         dist.all_agree(lambda: self.output.rewind(state.step) if self.output else None, "rewinding the metrics")
         return state
 
-    def validate(self, step: int) -> float:
+    def validate(self, step: int, with_picture: bool) -> evaluate.Validation:
         batches = self.watchdog.each(self.inputs.held_back(self.task), "validating", step)
-        loss, lost = evaluate.validation_loss(self.engine, self.task, batches)
+        metric = self.inputs.config.evaluation.metric
+        found, lost = evaluate.evaluate(self.engine, self.task, batches, metric)
         dist.all_agree(lambda: self._list(lost, step, "validation"), "writing the quarantine list")
         self.inputs.check_held_back(lost)
-        return loss
+        if with_picture:
+            dist.all_agree(lambda: self._draw_summary(found, step), "writing the validation's picture")
+        return found
+
+    def _draw_summary(self, found: evaluate.Validation, step: int) -> None:
+        image = self.task.summary(found.sums, f"step {step}: {found}") if self.output else None
+        if self.output and image:
+            self.output.panel(image, step, "validation")
 
     def draw_panel(self, step: int) -> None:
         self.watchdog.enter("drawing the panel", step)
-        task_config = self.inputs.config.task
-        title = f"step {step}: {task_config.mask_ratio:.0%} hidden in units of {task_config.mask_patch_size} px"
         batch = dist.all_agree(lambda: self.inputs.panel_batch(self.task), "reading the panel's images")
-        image = evaluate.panel(self.engine, self.task, batch, title)
+        image = evaluate.panel(self.engine, self.task, batch, f"step {step}")
         dist.all_agree(lambda: self.output.panel(image, step) if self.output else None, "writing the panel")
 
     def write_row(self, row: dict[str, Any]) -> None:
@@ -314,7 +324,7 @@ def _greet(config: RunConfig, directory: RunDirectory, num_micro_batches: int) -
 
 
 def _say_reached(state: TrainState, config: RunConfig, directory: RunDirectory) -> None:
-    if state.step < config.optim.total_steps:
+    if not state.is_over(config):
         log().info("step %d is reached already; raise --steps to go on", state.step)
         return
     log().info("this run is finished: %d of %d steps", state.step, config.optim.total_steps)

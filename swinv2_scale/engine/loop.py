@@ -17,6 +17,7 @@ from swinv2_scale.data.loader import Batch
 from swinv2_scale.engine.accounting import Accounting
 from swinv2_scale.engine.amplitudes import AmplitudeMeter
 from swinv2_scale.engine.anomalies import Report, action_after, micro_batches_of
+from swinv2_scale.engine.evaluate import Validation
 from swinv2_scale.engine.optim import learning_rate
 from swinv2_scale.engine.preemption import StopRequest
 from swinv2_scale.engine.saving import Saver
@@ -39,7 +40,7 @@ class BetweenSteps(Protocol):
         """Publishes what begin_save() began."""
         ...
 
-    def begin_save(self, state: TrainState, validation_loss: float | None) -> None:
+    def begin_save(self, state: TrainState, validation: Validation | None) -> None:
         """Take a snapshot, to be written while training goes on."""
         ...
 
@@ -47,8 +48,8 @@ class BetweenSteps(Protocol):
         """Put the last checkpoint, or the run's first values, into the live engine; forget the metrics after it."""
         ...
 
-    def validate(self, step: int) -> float:
-        """The validation loss."""
+    def validate(self, step: int, with_picture: bool) -> Validation:
+        """Metrics on the validation samples; with a picture of them, if the task has one."""
         ...
 
     def draw_panel(self, step: int) -> None:
@@ -93,8 +94,8 @@ class Loop:
     watchdog: Watchdog
     last_step: int
     amplitudes: AmplitudeMeter
-    #: The latest one, by its step.
-    validation_losses: dict[int, float] = field(default_factory=dict)
+    #: Of the step that the state is at.
+    _validation: Validation | None = None
     _batches: Generator[Batch] = field(init=False)
 
     def run(self) -> ExitCode:
@@ -117,7 +118,7 @@ class Loop:
         saved_step, is_save_due = self.state.step, False
         failure: ScaleError | None = None
         is_steady = False  # the first step starts workers, allocates and compiles
-        while self.state.step < self.last_step:
+        while not self._is_over:
             self.watchdog.enter("waiting for samples", self.state.step + 1, is_steady)
             started = time.perf_counter()
             batches: list[Batch] = []
@@ -146,15 +147,19 @@ class Loop:
                 continue
             is_save_due |= self.state.step % self.config.checkpoint.every_steps == 0
             # While updates are being refused the weights may be what is wrong: a rewind must not lead to them.
-            if (is_save_due and not self.state.skipped_in_a_row) or self.state.step == self.last_step:
+            if (is_save_due and not self.state.skipped_in_a_row) or self._is_over:
                 dist.all_agree(partial(_raise_if, failure), "writing the metrics")
                 self._begin_saving()
                 saved_step, is_save_due = self.state.step, False
         self._finish_saving()
         return ExitCode.DONE
 
+    @property
+    def _is_over(self) -> bool:
+        return self.state.step >= self.last_step or self.state.is_over(self.config)
+
     def _begin_saving(self) -> None:
-        self.between_steps.begin_save(self.state, self.validation_losses.get(self.state.step))
+        self.between_steps.begin_save(self.state, self._validation)
 
     def _finish_saving(self) -> None:
         self.watchdog.enter("writing a checkpoint", self.state.step)
@@ -199,7 +204,7 @@ class Loop:
         usual, anomaly = before.usual, before.usual.find(result.loss, result.grad_norm, config)
         if result.is_applied:
             usual = usual.with_update(result.loss, result.grad_norm, config)
-        self.state = before.advanced(samples, result.is_applied, ledger, usual)
+        self.state, self._validation = before.advanced(samples, result.is_applied, ledger, usual), None
         if anomaly is None:
             return overdrawn, None
         own = (result.micro_losses.tolist(), [batch.keys for batch in batches])
@@ -278,10 +283,12 @@ class Loop:
             row["quarantined"] = num_lost
             lost = [sample for mine in dist.gather([q for b in batches for q in b.quarantined]) for sample in mine]
         is_end = step == self.config.optim.total_steps
-        if self.between_steps.has_validation and _is_due(step, evaluation.every_steps, is_end):
-            row["validation_loss"] = self.between_steps.validate(step)
-            self.validation_losses = {step: row["validation_loss"]}
-            log().info("step %d: validation loss %.4f", step, row["validation_loss"])
+        has_validation = self.between_steps.has_validation
+        if has_validation and _is_due(step, evaluation.every_steps, is_end):
+            found = self.between_steps.validate(step, _is_due(step, logging.panel_every_steps, is_end))
+            self._validation, self.state = found, self.state.validated(found.score)
+            row |= {f"validation_{name}": value for name, value in found.metrics.items()}
+            log().info("step %d: validation %s", step, found)
         self.progress.show(step, result.loss, rate, waited / seconds, seconds, peak_memory_bytes(self.engine.device))
         failure: ScaleError | None = None
         try:
@@ -292,7 +299,7 @@ class Loop:
                 self.between_steps.write_anomaly(report.row())
         except OSError as error:
             failure = OutputError(f"cannot write the metrics of step {step}: {error}", "free some space")
-        if self.between_steps.has_validation and _is_due(step, logging.panel_every_steps, is_end):
+        if has_validation and _is_due(step, logging.panel_every_steps, self.state.is_over(self.config)):
             self.between_steps.draw_panel(step)
         return failure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from typing import Any
 
 import torch
@@ -10,33 +11,39 @@ from torch import nn
 
 from swinv2_scale.config.run import OptimConfig
 from swinv2_scale.engine.adamw import AdamW
-from swinv2_scale.plan.parameters import is_decayed
+from swinv2_scale.plan.parameters import parameter_groups
 
 
 def build_optimizer(model: nn.Module, shapes: dict[str, torch.Size], config: OptimConfig) -> AdamW:
-    """AdamW over two groups, decayed and not.
+    """AdamW over groups of parameters: decayed and not, and of each layer where its learning rate is its own.
+
+    A group's learning rate is ``lr_scale`` times that of the schedule.
 
     Args:
         shapes: whole shapes by name; under ZeRO-3 the parameters themselves are empty.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (decayed if is_decayed(name, shapes[name]) else others).append(parameter)
+    parameters = dict(model.named_parameters())
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {
+            "params": [parameters[name] for name in group.names],
+            "weight_decay": config.weight_decay if group.is_decayed else 0.0,
+            "lr_scale": config.layer_decay**group.layers_above,
+        }
+        for group in parameter_groups(shapes, by_layer=config.layer_decay < 1)
     ]
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": torch.cuda.is_available()}
     return AdamW(groups, config.ema_decay, **settings)
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
-    """The rate of update ``step`` (counted from 0): linear warm-up, then half a cosine down to ``min_lr``.
+    """The rate of update ``step`` (counted from 0): linear warm-up, then what ``schedule`` says.
 
     A pure function: nothing to save, nothing to restore.
     """
     if step < config.warmup_steps:
         return config.warmup_lr + (config.lr - config.warmup_lr) * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(config.total_steps - config.warmup_steps, 1)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if config.schedule == "multistep":
+        return max(config.lr * config.gamma ** bisect_right(config.milestones, step), config.min_lr)
+    progress = min((step - config.warmup_steps) / max(config.total_steps - config.warmup_steps, 1), 1.0)
+    share = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * share

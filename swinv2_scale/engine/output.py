@@ -95,11 +95,11 @@ class Output:
         """One row about something unusual."""
         self._anomalies.write(row)
 
-    def panel(self, image: Image, step: int) -> None:
-        """One step's picture."""
-        image.save(self._directory.panels / f"step-{step:08d}.png")
+    def panel(self, image: Image, step: int, kind: str = "") -> None:
+        """One step's picture; of several, each of its own kind."""
+        image.save(self._directory.panels / f"step-{step:08d}{kind and '-'}{kind}.png")
         if self._board:
-            self._board.image("panel", image, step)
+            self._board.image(kind or "panel", image, step)
 
     def sync(self) -> dict[str, bytes]:
         """Before a checkpoint says that the steps so far exist.

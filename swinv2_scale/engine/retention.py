@@ -28,13 +28,13 @@ def to_delete(
     """Those that nothing asks to keep, judging by what is whole: damaged ones never count among the kept.
 
     The newest ``keep`` (two or more) stay, every one at a multiple of ``keep_every_steps``, and the ``keep_best`` with
-    the smallest validation loss. A damaged one stays as well as long as there are fewer than ``keep`` whole ones: parts
+    the smallest score. A damaged one stays as well as long as there are fewer than ``keep`` whole ones: parts
     of it may be all that is left. No older one goes until enough newer ones were read back and found whole.
 
     Args:
         found: newest first, as find() gives them.
     """
-    best = sorted((c for c in found if c.validation_loss is not None), key=lambda c: (c.validation_loss, -c.step))
+    best = sorted((c for c in found if c.score is not None), key=lambda c: (c.score, -c.step))
     asked = {c.path for c in best[: policy.keep_best]}
     if policy.keep_every_steps:
         asked |= {c.path for c in found if c.step % policy.keep_every_steps == 0}

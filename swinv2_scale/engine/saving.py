@@ -36,6 +36,7 @@ from swinv2_scale.durable import sync_file, sync_folder
 from swinv2_scale.engine import random_states, retention
 from swinv2_scale.engine.checkpoint import MANIFEST, STATE, Checkpoint, FileRecord, manifest_text, name_of
 from swinv2_scale.engine.deepspeed_import import TorchCheckpointEngine
+from swinv2_scale.engine.evaluate import Validation
 from swinv2_scale.errors import OutputError
 from swinv2_scale.telemetry.console import log
 
@@ -50,7 +51,7 @@ class _Save:
     step: int
     part: Path
     target: Path
-    validation_loss: float | None
+    validation: Validation | None
     begun: float
     stalled_s: float
     future: Future[Any] | None
@@ -92,14 +93,14 @@ class Saver:
         self,
         step: int,
         state: dict[str, Any],
-        validation_loss: float | None = None,
+        validation: Validation | None = None,
         lists: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         """Take a snapshot and begin to write it; waits for the checkpoint before, so there is one snapshot at most.
 
         Args:
             state: what a resumed run has to know; JSON, for ``state.json``.
-            validation_loss: of this very step.
+            validation: of this very step.
             lists: rank 0's: files of the run that a resumed one goes on writing, by name.
 
         Raises:
@@ -119,7 +120,7 @@ class Saver:
             files += [(name, partial(_write_bytes, data=data)) for name, data in texts.items()]
         stalled = time.perf_counter() - begun
         future = self._executor.submit(self._write, part, files)
-        self._save = _Save(step, part, self.folder / name, validation_loss, begun, stalled, future)
+        self._save = _Save(step, part, self.folder / name, validation, begun, stalled, future)
         if not self._policy.asynchronous:
             self.finish()
 
@@ -191,7 +192,8 @@ class Saver:
         return FileRecord(path.name, raw.num_bytes, raw.sha256.hexdigest())
 
     def _publish(self, save: _Save, records: list[FileRecord]) -> None:
-        text = manifest_text(save.step, dist.world_size(), records, save.validation_loss)
+        loss, score = (save.validation.loss, save.validation.score) if save.validation else (None, None)
+        text = manifest_text(save.step, dist.world_size(), records, loss, score)
         self._write_file(save.part / MANIFEST, partial(_write_bytes, data=text.encode()))
         sync_folder(save.part)
         if save.target.exists():  # a damaged one of this step, from a life before a fall-back

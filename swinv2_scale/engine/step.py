@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swinv2_scale import dist
+from swinv2_scale.config.run import RunConfig
 from swinv2_scale.data.ledger import EpochAccount, Ledger
 from swinv2_scale.data.loader import Batch
 from swinv2_scale.engine.anomalies import Usual
@@ -27,6 +29,8 @@ class TrainState:
     rewinds: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     usual: Usual = field(default_factory=Usual)
+    best_score: float | None = None  # of all validations so far, smaller is better
+    validations_since_best: int = 0
 
     def advanced(self, samples: int, is_applied: bool, ledger: Ledger, usual: Usual) -> TrainState:
         return replace(
@@ -37,6 +41,17 @@ class TrainState:
             ledger=ledger,
             usual=usual,
         )
+
+    def validated(self, score: float) -> TrainState:
+        if math.isfinite(score) and (self.best_score is None or score < self.best_score):
+            return replace(self, best_score=score, validations_since_best=0)
+        return replace(self, validations_since_best=self.validations_since_best + 1)
+
+    def is_over(self, config: RunConfig) -> bool:
+        """Whether the run is done: all steps made, or ``evaluation.patience`` used up."""
+        patience = config.evaluation.patience
+        is_stuck = patience is not None and self.validations_since_best >= patience
+        return is_stuck or self.step >= config.optim.total_steps
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -49,7 +64,8 @@ class TrainState:
         Raises:
             KeyError, TypeError: it was written by another version.
         """
-        plain = {key: data[key] for key in ("step", "samples_seen", "skipped_in_a_row", "rewinds")}
+        names = ("step", "samples_seen", "skipped_in_a_row", "rewinds", "best_score", "validations_since_best")
+        plain = {key: data[key] for key in names}
         accounts = tuple(EpochAccount(**account) for account in data["ledger"]["accounts"])
         return cls(**plain, ledger=Ledger(accounts), usual=Usual.from_json(data["usual"]))
 
@@ -77,7 +93,7 @@ def train_step(
         may_step: whether an update of this loss and this finite gradient norm may be; a pure function.
     """
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     losses: list[Tensor] = []
     for number, batch in enumerate(batches, 1):
         micro_loss = task.loss(engine, batch.to(engine.device))

@@ -11,7 +11,7 @@ from typing import Any
 
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.plan.batch import accumulation_steps
-from swinv2_scale.plan.parameters import Shape, is_decayed, run_parameters
+from swinv2_scale.plan.parameters import Shape, parameter_groups, run_parameters
 
 _WIDE = 4
 #: DeepSpeed's own, for what a configuration doesn't set (``engine.deepspeed_overrides`` may).
@@ -59,10 +59,9 @@ class Sharding:
         if self.stage == 3:
             return sum(-(-math.prod(shape) // self.world_size) for shape in self.shapes.values()) * self.world_size
         unit = 2 * self.world_size  # 4 bytes of two bf16 numbers, for NCCL
-        groups = [0, 0]
-        for name, shape in self.shapes.items():
-            groups[is_decayed(name, shape)] += math.prod(shape)
-        return sum(-(-group // unit) * unit for group in groups)
+        groups = parameter_groups(self.shapes, self.config.optim.layer_decay < 1)
+        sizes = (sum(math.prod(self.shapes[name]) for name in group.names) for group in groups)
+        return sum(-(-size // unit) * unit for size in sizes)
 
     @property
     def part(self) -> int:

@@ -17,6 +17,8 @@ class Task(Protocol):
 
     #: What the arrays of one sample take, at most; the loader's memory is planned with it.
     sample_bytes: int
+    #: What classes are called, in the order of labels, for pictures; empty where nobody knows, or there are none.
+    labels: tuple[str, ...]
 
     def build_model(self) -> nn.Module:
         """The module with its loss inside, parameters uninitialised; called under ``zero.Init`` at stage 3."""
@@ -35,7 +37,16 @@ class Task(Protocol):
         ...
 
     def evaluation_sums(self, model: nn.Module, batch: Batch) -> Tensor:
-        """float64 (2,): weighted sum of the samples' losses, and the sum of their weights."""
+        """float64 (N,): whatever the metrics are made of, to be added up over batches and ranks; samples count with
+        the batch's ``weight``."""
+        ...
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """Metrics by name, ``loss`` first, of the sums over a whole data set."""
+        ...
+
+    def summary(self, sums: Tensor, title: str) -> Image | None:
+        """A picture of an evaluation as a whole, if the task has one."""
         ...
 
     def panel(self, model: nn.Module, batch: Batch, title: str) -> Image:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.tasks import SimMIMConfig
 from swinv2_scale.data.images.decode import evaluation_format, open_image, training_format
 from swinv2_scale.data.images.resize import mirrored
-from swinv2_scale.data.images.transforms import central_resized_crop, random_resized_crop
+from swinv2_scale.data.images.transforms import central_resized_crop, normalised, random_resized_crop
 from swinv2_scale.data.loader import Batch, Sample
 from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.draws import Draw
@@ -53,9 +54,9 @@ class SimMIM(nn.Module):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
-        model = config.model
-        self.mask_patch_size = config.task.mask_patch_size
-        self.target_norm_window = config.task.target_norm_window
+        model, task = config.model, _section(config)
+        self.mask_patch_size = task.mask_patch_size
+        self.target_norm_window = task.target_norm_window
         self.pixel_mean, self.pixel_std = config.data.pixel_mean, config.data.pixel_std
         self.encoder = SwinV2(model)
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim))
@@ -94,7 +95,7 @@ class SimMIM(nn.Module):
 
     def normalised(self, images: Tensor) -> Tensor:
         """Pixels of any type to float32 of about zero mean and unit variance."""
-        return _normalised(images, self.pixel_mean, self.pixel_std)
+        return normalised(images, self.pixel_mean, self.pixel_std)
 
     def target(self, pixels: Tensor) -> Tensor:
         """What is to be predicted: the pixels, or the pixels normalised by a sliding window around each.
@@ -119,9 +120,11 @@ class SimMIM(nn.Module):
 class SimMIMTask:
     """The pre-training task (see tasks/base.py for the contract)."""
 
+    labels: tuple[str, ...] = ()
+
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.units = tuple(length // config.task.mask_patch_size for length in config.model.image_shape)
+        self.config, self.task = config, _section(config)
+        self.units = tuple(length // self.task.mask_patch_size for length in config.model.image_shape)
         num_values = config.model.in_channels * math.prod(config.model.image_shape)
         drop_key_bytes = 8
         self.sample_bytes = (
@@ -133,7 +136,7 @@ class SimMIMTask:
         return SimMIM(self.config)
 
     def training_sample(self, record: Record, draw: Draw) -> Sample:
-        task = self.config.task
+        task = self.task
         pixels = random_resized_crop(
             open_image(record, self._training_format),
             self.config.model.image_shape,
@@ -148,7 +151,7 @@ class SimMIMTask:
 
     def evaluation_sample(self, record: Record, draw: Draw) -> Sample:
         picture = open_image(record, self._evaluation_format)
-        pixels = central_resized_crop(picture, self.config.model.image_shape, self.config.task.interpolation)
+        pixels = central_resized_crop(picture, self.config.model.image_shape, self.task.interpolation)
         return self._sample(pixels, draw)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -158,9 +161,18 @@ class SimMIMTask:
         return mean
 
     def evaluation_sums(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Weighted sum of the samples' losses, sum of their weights."""
         losses, _ = model(batch.arrays["images"], batch.arrays["hidden"])
         weights = batch.arrays["weight"].double()
         return torch.stack(((losses.double() * weights).sum(), weights.sum()))
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        total, weight = sums.tolist()
+        # Without a whole sample there is no loss; more are lost then than any run allows.
+        return {"loss": total / weight if weight else math.nan}
+
+    def summary(self, sums: Tensor, title: str) -> None:
+        """The panel shows all there is to see."""
 
     def panel(self, model: nn.Module, batch: Batch, title: str) -> Image.Image:
         """Rows of original | masked | reconstruction; the reconstruction shows visible pixels as they are.
@@ -171,22 +183,28 @@ class SimMIMTask:
         data = self.config.data
         images, hidden = batch.arrays["images"], batch.arrays["hidden"]
         _, prediction = model(images, hidden)
-        prediction, normalised = prediction.cpu(), _normalised(images.cpu(), data.pixel_mean, data.pixel_std)
+        prediction, pixels = prediction.cpu(), normalised(images.cpu(), data.pixel_mean, data.pixel_std)
         mean, std = (torch.tensor(values)[:, None, None] for values in (data.pixel_mean, data.pixel_std))
         around_grey = images.dtype == torch.float32
-        original = _shown(0.5 + normalised / 6 if around_grey else normalised * std + mean)
-        around_grey = around_grey or bool(self.config.task.target_norm_window)
+        original = _shown(0.5 + pixels / 6 if around_grey else pixels * std + mean)
+        around_grey = around_grey or bool(self.task.target_norm_window)
         predicted = _shown(0.5 + prediction / 6 if around_grey else prediction * std + mean)
-        mask = _repeated(hidden.cpu(), self.config.task.mask_patch_size)[:, None]
+        mask = _repeated(hidden.cpu(), self.task.mask_patch_size)[:, None]
         masked = torch.where(mask, torch.full_like(original, _HIDDEN_GREY), original)
+        title += f": {self.task.mask_ratio:.0%} hidden in units of {self.task.mask_patch_size} px"
         return draw_panel([original, masked, torch.where(mask, predicted, original)], title)
 
     def _sample(self, pixels: NDArray[Any], draw: Draw) -> Sample:
         return {
             "images": pixels,
-            "hidden": draw_hidden(self.units, self.config.task.mask_ratio, draw),
+            "hidden": draw_hidden(self.units, self.task.mask_ratio, draw),
             "drop_keys": np.asarray(draw.tensor_key("drop_path"), np.int64),
         }
+
+
+def _section(config: RunConfig) -> SimMIMConfig:
+    assert isinstance(config.task, SimMIMConfig)
+    return config.task
 
 
 def draw_panel(columns: list[Tensor], title: str) -> Image.Image:
@@ -215,16 +233,6 @@ def draw_panel(columns: list[Tensor], title: str) -> Image.Image:
             picture.paste(Image.fromarray(pixels).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
             pen.text((x, 18), names[place], fill="black")
     return picture
-
-
-def _normalised(images: Tensor, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> Tensor:
-    """Float32 of (value / the type's largest - mean) / std; float32 values are taken as they are."""
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
-        for values in (pixel_mean, pixel_std)
-    )
-    largest = 1 if images.dtype.is_floating_point else torch.iinfo(images.dtype).max
-    return (images.float() / largest - mean) / std
 
 
 def _shown(brightness: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from PIL.Image import Image
 _SCALARS = {
     "loss": "train/loss",
     "validation_loss": "validation/loss",
+    "validation_top1": "validation/top1",
+    "validation_top5": "validation/top5",
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
     "images_per_second": "speed/images_per_second",

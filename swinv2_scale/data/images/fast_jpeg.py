@@ -44,7 +44,8 @@ def everyday_header(data: bytes) -> JpegHeader | None:
         elif marker == _SOS:
             return JpegHeader(width, height, has_note) if width and height else None
         elif marker == _DQT:
-            if (length - 2) % 65 or any(data[table] >> 4 for table in range(at + 4, at + 2 + length, 65)):
+            is_cut = at + 2 + length > len(data)
+            if is_cut or (length - 2) % 65 or any(data[at + 4 + table] >> 4 for table in range(0, length - 2, 65)):
                 return None  # 16-bit tables, or a damaged one
         elif marker == _APP1:
             has_note = True

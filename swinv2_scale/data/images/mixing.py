@@ -16,21 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from swinv2_scale.draws import Draw
-from swinv2_scale.errors import ConfigError
 from swinv2_scale.geometry import Size
-
-
-def check_pairs(micro_batch_size: int) -> None:
-    """
-    Raises:
-        ConfigError: a micro-batch of this size would cut a pair in two.
-    """
-    if micro_batch_size % 2:
-        raise ConfigError(
-            "mixup and cutmix mix pairs of neighbours within a micro-batch, which takes an even "
-            f"data.micro_batch_size; it is {micro_batch_size}",
-            "choose an even one, or switch mixing off with alphas of 0",
-        )
 
 
 def symmetric_beta(alpha: float, first: float, second: float) -> float:
@@ -65,7 +51,13 @@ def cut_box(size: Size, kept: float, centre: tuple[int, int]) -> tuple[int, int,
 
 
 def draw_mixing(
-    seed: int, position: int, size: Size, mixup_alpha: float, cutmix_alpha: float, switch_probability: float
+    seed: int,
+    position: int,
+    size: Size,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    switch_probability: float,
+    probability: float = 1.0,
 ) -> NDArray[np.float32]:
     """How the sample at a position is mixed with its neighbour; the same numbers for both.
 
@@ -74,6 +66,7 @@ def draw_mixing(
         size: (height, width) of the images.
         mixup_alpha, cutmix_alpha: of the Beta distribution of the sample's own share; 0 switches one off, or both.
         switch_probability: of cutmix, where neither is off.
+        probability: that the pair is mixed at all.
 
     Returns:
         float32 (6,): the sample's own weight inside a box, its own weight in the target, and the box (top, bottom,
@@ -81,10 +74,10 @@ def draw_mixing(
         target's is the area that is really left.
     """
     rng = Draw(seed, "pair", str(position // 2)).generator("mixing")
-    switch, first, second, *middle = rng.random(5).tolist()
+    switch, first, second, *middle, whether = rng.random(6).tolist()
     is_cut = cutmix_alpha > 0 and (mixup_alpha <= 0 or switch < switch_probability)
     alpha = cutmix_alpha if is_cut else mixup_alpha
-    share = symmetric_beta(alpha, first, second) if alpha > 0 else 1.0
+    share = symmetric_beta(alpha, first, second) if alpha > 0 and whether < probability else 1.0
     height, width = size
     if not is_cut:
         return np.array((share, share, 0, height, 0, width), np.float32)
@@ -114,7 +107,7 @@ def mix(images: Tensor, targets: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor
     Returns:
         Images and targets, of the same shapes, types and device.
     """
-    assert len(images) % 2 == 0, "check_pairs comes before the training"
+    assert len(images) % 2 == 0, "config/rules.py refuses odd micro-batches"
     height, width = images.shape[-2:]
     inside, own, *box = mixing.unbind(1)
     top, bottom, left, right = (edge[:, None] for edge in box)

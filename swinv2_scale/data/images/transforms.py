@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from swinv2_scale.data.images.decode import Picture
 from swinv2_scale.geometry import Size
@@ -60,3 +62,13 @@ def central_resized_crop(picture: Picture, size: Size, interpolation: str, share
     w, h = share * min(picture.width, picture.height * aspect), share * min(picture.height, picture.width / aspect)
     left, top = (picture.width - w) / 2, (picture.height - h) / 2
     return picture.resized((left, top, left + w, top + h), size, interpolation)
+
+
+def normalised(images: Tensor, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> Tensor:
+    """Float32 of (value / the type's largest - mean) / std; float32 values are taken as they are."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+        for values in (pixel_mean, pixel_std)
+    )
+    largest = 1 if images.dtype.is_floating_point else torch.iinfo(images.dtype).max
+    return (images.float() / largest - mean) / std

@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
         ):
             (path / name).write_bytes(data)
             records.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
-        (path / "manifest.json").write_text(manifest_text(step, 4, records, loss))
+        (path / "manifest.json").write_text(manifest_text(step, 4, records, loss, score=loss))
     return tmp_path / "run"
 
 

@@ -11,6 +11,7 @@ from swinv2_scale.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_BY_CONFIG
 from swinv2_scale.config.loader import flatten
 from swinv2_scale.config.rules import _RESUME_POLICY, changes, cross_section_problems, resume_policy
 from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.tasks import TASK_SECTIONS
 from swinv2_scale.errors import ConfigProblem
 
 # 192 px and patches of 4: maps of 48, 24, 12 and 6 tokens; encoder stride 32 px.
@@ -365,6 +366,7 @@ def test_a_policy_is_not_caught_by_a_name_that_only_begins_alike():
 
 def test_every_policy_names_a_key_or_a_section_that_exists():
     known = {".".join(key[:length]) for key in flatten(config()) for length in range(1, len(key) + 1)}
+    known |= {f"task.{name}" for section in TASK_SECTIONS.values() for name in section.model_fields}
     assert set(_RESUME_POLICY) <= known
 
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from swinv2_scale.data.images.mixing import check_pairs, cut_box, draw_mixing, mix, soft_targets, symmetric_beta
+from swinv2_scale.data.images.mixing import cut_box, draw_mixing, mix, soft_targets, symmetric_beta
 from swinv2_scale.data.order import positions_of
-from swinv2_scale.errors import ConfigError
 
 SIZE = (12, 20)
 #: timm's values, as the Swin recipes have them.
@@ -198,10 +197,3 @@ def test_a_global_batch_cut_in_any_way_is_mixed_as_the_whole(micro_batch_size: i
             found = mix(images[rows], targets[rows], numbers(7, part))
             assert torch.equal(found[0], whole[0][rows])
             assert torch.equal(found[1], whole[1][rows])
-
-
-@pytest.mark.parametrize("size", [1, 3, 127])
-def test_a_micro_batch_that_cuts_a_pair_is_refused_with_what_to_do(size: int) -> None:
-    check_pairs(size + 1)
-    with pytest.raises(ConfigError, match=f"even data.micro_batch_size; it is {size}\n.*choose an even one"):
-        check_pairs(size)
