@@ -1,4 +1,4 @@
-# Two commands: `make pretrain` and `make test`. PIP_ARGS is handed to pip, e.g. an index of CPU wheels.
+# Three commands: `make pretrain`, `make finetune` and `make test`. PIP_ARGS is handed to pip, e.g. an index of CPU wheels.
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
@@ -11,7 +11,7 @@ ifeq ($(DS_ACCELERATOR),)
 unexport DS_ACCELERATOR
 endif
 
-.PHONY: setup pretrain test test-system test-faults check clean
+.PHONY: setup pretrain finetune test test-system test-faults check clean
 
 setup: .venv/installed
 
@@ -30,6 +30,11 @@ setup: .venv/installed
 
 pretrain: setup
 	$(BIN)/deepspeed -q --num_gpus $(PROCESSES) launch/pretrain.py --config configs/quickstart/simmim.yaml $(ARGS)
+
+finetune: setup
+	@test -d runs/quickstart-simmim/checkpoints || echo "make finetune goes on from what make pretrain made: that comes first (about 5 minutes)"
+	@test -d runs/quickstart-simmim/checkpoints || $(MAKE) pretrain
+	$(BIN)/deepspeed -q --num_gpus $(PROCESSES) launch/finetune.py --config configs/quickstart/finetune.yaml $(ARGS)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

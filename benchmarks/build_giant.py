@@ -34,7 +34,7 @@ def main() -> None:
     model = zero.build(task.build_model, translate(config, dist.world_size()))
     rows.append(("built under zero.Init, bf16", *now()))
     shapes = zero.full_shapes(model)
-    zero.assign(model, first_values(model, shapes, config.seed, None))
+    zero.assign(model, first_values(model, shapes, config, None))
     rows.append(("first values", *now()))
     dist.stop()
     print("# Building SwinV2-G\n")

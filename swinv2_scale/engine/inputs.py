@@ -9,11 +9,13 @@ from pathlib import Path
 
 from swinv2_scale import dist
 from swinv2_scale.config.run import RunConfig, ShardPattern, patterns_of
+from swinv2_scale.config.tasks import ClassificationConfig
 from swinv2_scale.data.ledger import Quarantined
 from swinv2_scale.data.loader import Batch, MakeSample, PositionDataset, Share, evaluation_batches, training_batches
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote
 from swinv2_scale.data.remote.pipe import PIPE_PREFIX, pipe_command
+from swinv2_scale.data.shards.labels import check_labels, read_class_names, read_labels
 from swinv2_scale.data.shards.reader import ShardReader
 from swinv2_scale.data.shards.shard_set import FileProblem, ShardSet, raise_file_problems, read_shard_set
 from swinv2_scale.data.sources.embedded import EMBEDDED_PREFIX, embedded_shards
@@ -30,6 +32,7 @@ class Inputs:
     remote: RemoteFiles
     train: ShardSet
     validation: ShardSet | None
+    labels: tuple[str, ...] = ()  # names of classes, in the order of labels; empty where nobody knows
 
     @cached_property
     def order(self) -> Order:
@@ -131,8 +134,9 @@ def open_inputs(config: RunConfig) -> Inputs:
             f"{config.data.global_batch_size}",
             "add shards or make the global batch smaller",
         )
+    labels = _names_of_classes(config, _check_labels(config, remote, train, "data.train"))
     if config.data.validation is None:
-        return Inputs(config, remote, train, None)
+        return Inputs(config, remote, train, None, labels)
     validation = _open_shard_set(config, remote, config.data.validation, "validation", is_mixture=False)
     if not validation.num_samples:
         raise DataError("data.validation has no samples", "name shards that have some, or leave the key out")
@@ -140,7 +144,39 @@ def open_inputs(config: RunConfig) -> Inputs:
     if both:
         name = next(name for name, entry in zip(train.locations, train.entries, strict=True) if entry.sha256 in both)
         raise DataError(f"{name} is in data.train and in data.validation", "hold some shards back")
-    return Inputs(config, remote, train, validation)
+    held_back = _check_labels(config, remote, validation, "data.validation")
+    if held_back and labels and held_back != labels and not _class_names_file(config):
+        raise DataError(
+            f"data.train and data.validation name different classes: {', '.join(labels[:3])}, .. and "
+            f"{', '.join(held_back[:3])}, ..",
+            "their labels would mean different things: write both from one list of classes, or name the classes "
+            "yourself with task.class_names",
+        )
+    return Inputs(config, remote, train, validation, labels or held_back)
+
+
+def _check_labels(config: RunConfig, remote: RemoteFiles, shards: ShardSet, use: str) -> tuple[str, ...]:
+    """The names of the classes in shards, if they are for a task that has classes."""
+    if not isinstance(config.task, ClassificationConfig):
+        return ()
+
+    def check() -> tuple[str, ...]:
+        labels = read_labels(shards, remote)
+        check_labels(labels, shards.num_samples, config.model.num_classes, use)
+        return labels.names
+
+    return dist.on_rank_zero(check, f"looking at the labels of {use}")
+
+
+def _class_names_file(config: RunConfig) -> str | None:
+    return config.task.class_names if isinstance(config.task, ClassificationConfig) else None
+
+
+def _names_of_classes(config: RunConfig, known: tuple[str, ...]) -> tuple[str, ...]:
+    path = _class_names_file(config)
+    if path is None:
+        return known
+    return dist.on_rank_zero(lambda: read_class_names(Path(path), config.model.num_classes), "reading the class names")
 
 
 def _open_shard_set(

@@ -113,7 +113,7 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     model = zero.build(task.build_model, ds_config)
     shapes = zero.full_shapes(model)
     if not will_load:
-        zero.assign(model, first_values(model, shapes, config.seed, loading))
+        zero.assign(model, first_values(model, shapes, config, loading))
     activation_checkpointing.apply(model, config.engine.activation_checkpointing)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, shapes, config.optim), config=ds_config
@@ -121,7 +121,7 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     # Stage 0 in bf16 takes an update with zero gradients to allocate its states; it isn't one of ours.
     zero.adamw(engine).state.clear()
     if config.engine.precision == "bf16" and not will_load:
-        zero.assign_masters(engine, first_values(model, shapes, config.seed, loading))
+        zero.assign_masters(engine, first_values(model, shapes, config, loading))
     read_back(engine, config, dist.world_size())
     log().info(
         "model: %s, %s parameters, ZeRO stage %d, %s, attention %s (%.1f s)",
@@ -157,6 +157,7 @@ def _run(
 
     dist.on_rank_zero(lambda: check_before_training(config, directory.checkpoints), "looking at the disk")
     task: Task = task_type(config)
+    task.labels = inputs.labels
     watchdog.enter("building the model")
     engine = build_engine(config, task, loading, will_load=found is not None)
     if found:
@@ -168,7 +169,7 @@ def _run(
     saver = Saver(engine, directory.checkpoints, directory.staging, config.checkpoint)
 
     def first() -> Iterator[tuple[str, torch.Tensor]]:
-        return first_values(engine.module, zero.full_shapes(engine.module), config.seed, loading)
+        return first_values(engine.module, zero.full_shapes(engine.module), config, loading)
 
     progress = ProgressLine(config.optim.total_steps, config.logging.console_every_steps, dist.rank() == 0)
     loop = Loop(
@@ -219,7 +220,7 @@ class _BetweenSteps:
     def begin_save(self, state: TrainState, validation: evaluate.Validation | None) -> None:
         self.watchdog.enter("saving a checkpoint", state.step)
         lists = dist.all_agree(lambda: self.output.sync() if self.output else {}, "writing the metrics")
-        facts = facts_of(self.inputs.config, self.inputs.train)
+        facts = facts_of(self.inputs.config, self.inputs.train, self.inputs.labels)
         self.saver.begin(state.step, {**state.to_json(), **facts}, validation, lists)
 
     def rewind(self) -> TrainState:
@@ -327,7 +328,9 @@ def _say_reached(state: TrainState, config: RunConfig, directory: RunDirectory) 
     if not state.is_over(config):
         log().info("step %d is reached already; raise --steps to go on", state.step)
         return
-    log().info("this run is finished: %d of %d steps", state.step, config.optim.total_steps)
+    log().info(
+        "this run is finished: %d of %d steps%s", state.step, config.optim.total_steps, _why_early(state, config)
+    )
     log().info("  pictures: %s   numbers: %s", directory.panels, directory.metrics)
     log().info("  for a new run choose another --run-dir, or delete %s", directory.root)
 
@@ -335,8 +338,18 @@ def _say_reached(state: TrainState, config: RunConfig, directory: RunDirectory) 
 def _say_result(code: ExitCode, state: TrainState, config: RunConfig, directory: RunDirectory) -> None:
     if code == ExitCode.STOPPED:
         log().info("stopped at step %d; the same command goes on from there (exit code %d)", state.step, code)
-    elif state.step < config.optim.total_steps:
+    elif not state.is_over(config):
         log().info("step %d is reached, and saved; without --steps, or with more, the same command goes on", state.step)
     else:
-        log().info("done: %d steps", state.step)
+        log().info("done: %d steps%s", state.step, _why_early(state, config))
         log().info("  pictures: %s   curves: tensorboard --logdir %s", directory.panels, directory.root)
+
+
+def _why_early(state: TrainState, config: RunConfig) -> str:
+    if state.step >= config.optim.total_steps:
+        return ""
+    best = state.best_score if config.evaluation.metric == "loss" else 1 - (state.best_score or 0)
+    return (
+        f", stopped early: {state.validations_since_best} validations in a row weren't better than "
+        f"{config.evaluation.metric} {best:.4f} (evaluation.patience)"
+    )

@@ -82,9 +82,13 @@ def read_state(found: Checkpoint) -> tuple[TrainState, dict[str, Any]]:
         ) from error
 
 
-def facts_of(config: RunConfig, train: ShardSet) -> dict[str, Any]:
-    """What a checkpoint says about its run."""
-    return {"config": plain(config), "train_digest": train.digest, "versions": versions()}
+def facts_of(config: RunConfig, train: ShardSet, labels: tuple[str, ...]) -> dict[str, Any]:
+    """What a checkpoint says about its run.
+
+    Args:
+        labels: names of classes, if there are any.
+    """
+    return {"config": plain(config), "train_digest": train.digest, "labels": labels, "versions": versions()}
 
 
 def versions() -> dict[str, str]:

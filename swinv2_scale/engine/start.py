@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.tasks import ClassificationConfig
 from swinv2_scale.engine import checkpoint, zero
 from swinv2_scale.engine.consolidate import SavedTensors
 from swinv2_scale.engine.run_dir import is_run_or_checkpoint
 from swinv2_scale.errors import CheckpointError, ConfigError
-from swinv2_scale.models.initialise import initial_values
+from swinv2_scale.models.initialise import INITIAL_STD, initial_values
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import log
 from swinv2_scale.weights.api import BACKBONE, Loading, plan_loading
@@ -47,7 +48,8 @@ def consolidated(found: checkpoint.Checkpoint, kind: str = "master") -> Weights:
     masters = SavedTensors(found)
     if kind not in masters.kinds:
         raise CheckpointError(f"{found.path} holds no average of the weights", "set optim.ema_decay in the run")
-    config = checkpoint.read_state(found)["config"]
+    state = checkpoint.read_state(found)
+    config, labels = state["config"], state.get("labels") or ()
     flat = {tuple(key.split(".")): value for key, value in config.items()}
     model = {path[1]: value for path, value in flat.items() if path[0] == "model" and len(path) == 2}
     names = {name.removeprefix(BACKBONE): name for name in masters.shapes}
@@ -58,6 +60,7 @@ def consolidated(found: checkpoint.Checkpoint, kind: str = "master") -> Weights:
             native_fields(model),
             pixel_mean=tuple(flat["data", "pixel_mean"]),
             pixel_std=tuple(flat["data", "pixel_std"]),
+            labels=tuple(map(str, labels)) or None,
         ),
         metas={ours: torch.empty(masters.shapes[name], device="meta") for ours, name in names.items()},
         tensor=lambda ours: masters.tensor(names[ours], kind),
@@ -88,7 +91,9 @@ def settle(loaded: LoadedConfig, make_task: Callable[[RunConfig], Task]) -> tupl
             model = make_task(config).build_model()
         shapes = {name: tuple(shape) for name, shape in zero.full_shapes(model).items()}
         weights = consolidated(checkpoint.read(step)) if step else open_weights(path)
-        loading = plan_loading(weights, shapes, config.model)
+        task = config.task
+        wanted = (task.init_head, task.init_head_map) if isinstance(task, ClassificationConfig) else ("auto", None)
+        loading = plan_loading(weights, shapes, config.model, head=wanted[0], head_map=wanted[1])
         return loading, loading.fingerprint()
 
     loading, fingerprint = dist.all_agree(plan, doing)
@@ -104,11 +109,13 @@ def settle(loaded: LoadedConfig, make_task: Callable[[RunConfig], Task]) -> tupl
 
 
 def first_values(
-    model: nn.Module, shapes: dict[str, torch.Size], seed: int, loading: Loading | None
+    model: nn.Module, shapes: dict[str, torch.Size], config: RunConfig, loading: Loading | None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 value) of every parameter of a fresh run, one at a time."""
     drawn = shapes if loading is None else {name: shapes[name] for name in loading.report.new}
-    yield from initial_values(model, drawn, seed)
+    head_std = config.task.head_init_std if isinstance(config.task, ClassificationConfig) else INITIAL_STD
+    for name, value in initial_values(model, drawn, config.seed):
+        yield name, value * (head_std / INITIAL_STD) if name.endswith("head.weight") else value
     if loading is not None:
         for name, value in loading.values():
             yield name, value.float()

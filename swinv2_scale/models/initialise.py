@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from swinv2_scale.draws import key_of
 from swinv2_scale.models.block import INITIAL_LOGIT_SCALE, Block
 
+#: Of truncated normal distributions.
+INITIAL_STD = 0.02
+
 
 def initial_values(model: nn.Module, shapes: dict[str, torch.Size], seed: int) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 value) of every parameter, one at a time.
@@ -38,13 +41,13 @@ def _initial_value(modules: dict[str, nn.Module], owner_name: str, leaf: str, sh
         return value.fill_(INITIAL_LOGIT_SCALE)
     if leaf == "mask_token":
         # Zeros, as Hugging Face has it, give a first gradient norm of 1e17 through the cosine attention.
-        return nn.init.trunc_normal_(value, std=0.02, generator=generator)
+        return nn.init.trunc_normal_(value, std=INITIAL_STD, generator=generator)
     if isinstance(owner, nn.LayerNorm):
         parent = modules[owner_name.rpartition(".")[0]] if "." in owner_name else None
         is_residual = isinstance(parent, Block) and owner is not parent.norm3
         return value.fill_(0.0 if leaf == "bias" or is_residual else 1.0)
     if isinstance(owner, nn.Linear):
-        return value if leaf == "bias" else nn.init.trunc_normal_(value, std=0.02, generator=generator)
+        return value if leaf == "bias" else nn.init.trunc_normal_(value, std=INITIAL_STD, generator=generator)
     if isinstance(owner, nn.Conv2d):
         fan_in = owner.in_channels // owner.groups * owner.kernel_size[0] * owner.kernel_size[1]
         return value.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from swinv2_scale.data.images.decode import IMAGE_FORMATS, PixelFormat, decode_image, open_image
 from swinv2_scale.data.images.transforms import central_resized_crop
+from swinv2_scale.data.shards.labels import read_class_names
 from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.durable import open_plain
 from swinv2_scale.errors import ConfigError, DataError, OutputError, WeightsError
@@ -130,12 +131,7 @@ def draw_predictions(predictions: list[Prediction], path: Path) -> None:
 
 def _class_names(labels: Path | None, known: tuple[str, ...] | None, num_classes: int) -> tuple[str, ...]:
     if labels is not None:
-        try:
-            known = tuple(line.strip() for line in labels.read_text(encoding="utf-8").splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the class names {labels}: {error}", "one name a line, as UTF-8") from None
-        if len(known) != num_classes:
-            raise ConfigError(f"{labels} has {len(known)} names, the model has {num_classes} classes")
+        return read_class_names(labels, num_classes)
     if known is None or len(known) != num_classes:
         return tuple(f"class {number}" for number in range(num_classes))
     return known

@@ -13,6 +13,7 @@ from typing import Any
 
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote, local_path
 from swinv2_scale.data.shards.indexing import LeftOut, ShardScan, scan_shard
+from swinv2_scale.data.shards.labels import total
 from swinv2_scale.data.shards.manifest import (
     INDEX_DIR,
     INDEX_SUFFIX,
@@ -28,6 +29,8 @@ from swinv2_scale.data.shards.stream import open_shard
 from swinv2_scale.data.workers import in_order
 from swinv2_scale.errors import DataError, OutputError
 
+#: Of a manifest's schema: what is counted anew with every index.
+_COUNTED = {"members", "labels", "left_out"}
 _PART_SUFFIX = INDEX_SUFFIX + ".part"
 
 
@@ -138,12 +141,13 @@ def _publish(folder: str, destination: Path, scans: list[ShardScan]) -> IndexedF
     changed = sum(entry.sha256 != old.entries[entry.name].sha256 for entry in known)
     schema: dict[str, Any] = {}
     if others or len(known) > changed:  # the same data set as before
-        schema = {key: value for key, value in old.schema.items() if key not in ("members", "left_out")}
+        schema = {key: value for key, value in old.schema.items() if key not in _COUNTED}
     if not others:
         members: Counter[str] = Counter()
         for scan in scans:
             members.update(scan.members)
         schema["members"] = dict(sorted(members.items()))
+        schema |= total(scan.labels for scan in scans).as_schema()
     left_out = [left for scan in scans for left in scan.left_out]
     earlier = [item for item in old.schema.get("left_out", []) if item["shard"] in others]
     if left_out or earlier:
@@ -151,7 +155,7 @@ def _publish(folder: str, destination: Path, scans: list[ShardScan]) -> IndexedF
     for name in scanned:
         (destination / (name + _PART_SUFFIX)).replace(destination / (name + INDEX_SUFFIX))
     made_by: dict[str, Any] = {"command": "swinv2-scale shards index"}
-    if old.made_by and old.made_by.get("command") != made_by["command"] and schema.keys() - {"members", "left_out"}:
+    if old.made_by and old.made_by.get("command") != made_by["command"] and schema.keys() - _COUNTED:
         made_by |= {"of": old.made_by}
     entries = sorted([*others.values(), *scanned.values()], key=lambda entry: entry.name)
     write_manifest(destination, entries, made_by, schema)

@@ -16,12 +16,15 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from swinv2_scale.data.shards.labels import LABEL_EXTENSIONS, LabelCount
 from swinv2_scale.data.shards.manifest import MAX_SAMPLE_BYTES, ShardEntry, is_part_of_a_sample, sample_key
 from swinv2_scale.data.shards.tar_walk import Gap, Member, Readable, TarWalk
 from swinv2_scale.errors import DataError, printable
 
 #: Extensions that are told apart; a shard with more of them has them counted as one.
 _MAX_EXTENSIONS = 62
+#: A longer .json is no label.
+_MAX_LABEL_BYTES = 2**16
 #: Names in tars can be of any length and hold anything; this much of them is kept for people.
 _MAX_SHOWN = 120
 _PACK_ANEW = "pack it anew, files only and in the order of their names (tar --sort=name)"
@@ -52,6 +55,7 @@ class ShardScan:
     Attributes:
         index: the bytes of its index: offset, length, CRC-32 of each whole sample.
         members: how many whole samples have each extension.
+        labels: of the samples, those left out included where their label was read.
         is_cut: more samples may have followed than ``left_out`` lists.
         passed_over: files that are no part of a sample, as WebDataset sees it: without extension, hidden, ``__x__``.
     """
@@ -62,6 +66,7 @@ class ShardScan:
     left_out: list[LeftOut]
     is_cut: bool
     passed_over: int
+    labels: LabelCount
 
 
 def scan_shard(
@@ -97,7 +102,7 @@ def scan_shard(
     rows, members, left_out = samples.finish(name)
     entry = ShardEntry(name, len(rows), walk.offset, walk.sha256.hexdigest())
     index = rows.astype("<u8").tobytes()
-    return ShardScan(entry, index, members, left_out, is_cut, samples.passed_over)
+    return ShardScan(entry, index, members, left_out, is_cut, samples.passed_over, samples.labels)
 
 
 def shown(key: str) -> str:
@@ -114,6 +119,7 @@ class _Samples:
 
     def __init__(self, location: str, skip_damaged: bool, on_sample: OnSample | None) -> None:
         self.passed_over = 0
+        self.labels = LabelCount()
         self._location, self._skips, self._on_sample = location, skip_damaged, on_sample
         self._rows = array("Q")
         self._row_of: dict[int, int] = {}  # hash of the key -> its first row
@@ -126,10 +132,11 @@ class _Samples:
         self._extensions = self._earlier = 0
         self._start = self._end = self._crc = self._running = 0
         self._files: dict[str, bytes] = {}
+        self._label_files: dict[str, bytes] = {}
         self._is_open = False
         self._gap_since: Gap | None = None
         self._member: Member | None = None
-        self._keeps_content = False
+        self._keeps_content = self._is_label = False
         self._pieces: list[bytes] = []
 
     def begin(self, member: Member) -> None:
@@ -142,7 +149,8 @@ class _Samples:
         key = sample_key(member.name)
         if member.kind == "other" and not self._skips:
             self._stop(f"{shown(member.name)!r} is no plain file (a link, sparse, ..); shards hold files only", member)
-        bit = self._bit(member.name[len(key) + 1 :].lower())
+        extension = member.name[len(key) + 1 :].lower()
+        bit = self._bit(extension)
         if not self._is_open or key != self._key or self._extensions & bit:
             self._close()
             self._open(key, member)
@@ -152,7 +160,8 @@ class _Samples:
         self._gap_since = None
         self._extensions |= bit
         self._member, self._pieces = member, []
-        self._keeps_content = self._on_sample is not None
+        self._is_label = extension in LABEL_EXTENSIONS and member.stored_bytes <= _MAX_LABEL_BYTES
+        self._keeps_content = self._on_sample is not None or self._is_label
         if member.kind == "other":
             self._drop(f"{shown(member.name)!r} is no plain file (a link, sparse, ..)")
         if member.start + len(member.headers) + member.stored_bytes - self._start > MAX_SAMPLE_BYTES:
@@ -174,8 +183,11 @@ class _Samples:
         self._end, self._crc = offset, self._running
         if self._keeps_content:
             extension = self._member.name[len(self._key) + 1 :].lower()
-            self._files[extension] = b"".join(self._pieces)[: self._member.stored_bytes]
-            self._pieces = []
+            content, self._pieces = b"".join(self._pieces)[: self._member.stored_bytes], []
+            if self._is_label:
+                self._label_files[extension] = content
+            if self._on_sample is not None:
+                self._files[extension] = content
 
     def gap(self, gap: Gap) -> None:
         if not self._skips:
@@ -224,7 +236,7 @@ class _Samples:
             self._stop(f"sample {shown(key)!r} is there twice, or its files don't follow each other", member)
         self._rows.extend((member.start, 0, 0, 0))
         self._key, self._start, self._extensions, self._running = key, member.start, 0, 0
-        self._files, self._is_open = {}, True
+        self._files, self._label_files, self._is_open = {}, {}, True
         self._earlier = self._row_of.setdefault(digest, self._row)
         if self._gap_since is not None:
             self._doubts[self._row] = (key, self._gap_since.cause)
@@ -240,6 +252,8 @@ class _Samples:
         if self._earlier != row:
             self._judge_second(row)
         self._last_whole = self._key
+        if row not in self._dropped:
+            self.labels = self.labels.with_sample(self._label_files)
         if self._on_sample is not None:
             self._on_sample(self._start, self._key, self._files)
 

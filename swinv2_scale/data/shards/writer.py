@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from swinv2_scale.data.shards.indexing import scan_shard
+from swinv2_scale.data.shards.labels import LabelCount
 from swinv2_scale.data.shards.manifest import ShardEntry, index_location, write_manifest
 from swinv2_scale.durable import sync_file
 from swinv2_scale.errors import DataError, OutputError
@@ -55,7 +56,7 @@ def write_shards(
             tars.finish()
         finally:
             tars.close()
-        write_manifest(part, tars.entries, made_by, {**(schema or {}), "members": dict(sorted(tars.members.items()))})
+        write_manifest(part, tars.entries, made_by, {**(schema or {}), **tars.counted})
     return sum(entry.samples for entry in tars.entries)
 
 
@@ -91,7 +92,7 @@ class ShardTars:
 
     Attributes:
         entries: the finished shards; their tars and indexes have reached the disk.
-        members: how many samples have each extension, of the shards that were finished here.
+        members, labels: how many samples have each extension, and their labels, of the shards that were finished here.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class ShardTars:
         self.folder = folder
         self.entries = list(entries)
         self.members: Counter[str] = Counter()
+        self.labels = LabelCount()
         self._bounds = samples_per_shard, bytes_per_shard
         self._file: BinaryIO | None = None
         self._samples = 0
@@ -153,7 +155,13 @@ class ShardTars:
             sync_file(index)
         self.entries.append(scan.entry)
         self.members.update(scan.members)
+        self.labels += scan.labels
         return scan.entry
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """For the manifest's schema."""
+        return {"members": dict(sorted(self.members.items())), **self.labels.as_schema()}
 
     def close(self) -> None:
         """Close the file of a shard that is not finished; it stays as it is."""

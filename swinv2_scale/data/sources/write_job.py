@@ -27,6 +27,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from swinv2_scale.data.shards.labels import LabelCount
 from swinv2_scale.data.shards.manifest import ShardEntry, index_location, write_manifest
 from swinv2_scale.data.shards.writer import ShardTars
 from swinv2_scale.data.sources.listing import Item, Source
@@ -75,12 +76,14 @@ class Progress:
     next: int = 0
     entries: list[ShardEntry] = field(default_factory=list)
     members: Counter[str] = field(default_factory=Counter)
+    labels: LabelCount = field(default_factory=LabelCount)
     rejected: list[Rejected] = field(default_factory=list)
 
     def add(self, line: dict[str, Any]) -> None:
         """One line of progress.jsonl."""
         self.entries.append(ShardEntry(**line["shard"]))
         self.members.update(line["members"])
+        self.labels += LabelCount(**line.get("labels", {}))
         self.rejected += [Rejected(**rejected) for rejected in line["rejected"]]
         self.next = line["next"]
 
@@ -265,7 +268,7 @@ def _write_tars(
         line = {
             "shard": asdict(entry),
             "next": position,
-            "members": dict(sorted(tars.members.items())),
+            **tars.counted,
             "rejected": [asdict(one) for one in rejected],
         }
         with (part / "progress.jsonl").open("a", encoding="utf-8") as file:
@@ -274,6 +277,7 @@ def _write_tars(
         progress.add(line)
         rejected.clear()
         tars.members.clear()
+        tars.labels = LabelCount()
 
     try:
         for position, result in enumerate(results, start=first):
@@ -315,7 +319,8 @@ def _publish(part: Path, destination: Path, source: Source, options: WriteOption
     if progress.rejected:
         lines = [json.dumps(asdict(rejected)) + "\n" for rejected in progress.rejected]
         write_whole(shards / REJECTED_NAME, "".join(lines))
-    schema = {**source.schema, "members": dict(sorted(progress.members.items()))}
+    members = dict(sorted(progress.members.items()))
+    schema = {**source.schema, "members": members, **progress.labels.as_schema()}
     write_manifest(shards, progress.entries, options.as_json(), schema)
     os.rename(shards, destination)
     sync_folder(destination.parent)

@@ -18,7 +18,7 @@ def main(path: str, *overrides: str) -> None:
     dist.start(240)
     config = load_config(path, list(overrides)).config
     model = zero.build(SimMIMTask(config).build_model, translate(config, dist.world_size()))
-    zero.assign(model, first_values(model, zero.full_shapes(model), config.seed, None))
+    zero.assign(model, first_values(model, zero.full_shapes(model), config, None))
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         size = parameter.ds_tensor.numel()  # the last rank's part ends in padding

@@ -147,7 +147,7 @@ def check(path: str, scratch: Path, stage: int, precision: str) -> dict[str, Any
     again = [train(engine, task, batches) for batches in rest]
     result["rewound"] = [(step.loss, step.grad_norm, step.is_applied) for step in again]
     result["same end after a rewind"] = end == digests(engine)
-    begin_again(engine, lambda: first_values(engine.module, zero.full_shapes(engine.module), config.seed, None))
+    begin_again(engine, lambda: first_values(engine.module, zero.full_shapes(engine.module), config, None))
     result["begun again"] = [digest(engine), master_digest(engine)]
     result["same first step"] = (train(engine, task, first).loss, digests(engine)) == (losses[0].loss, before)
     result["unsafe globals"] = sorted(

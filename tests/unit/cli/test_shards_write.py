@@ -60,7 +60,11 @@ def test_every_image_is_in_the_shards_with_its_bytes_its_class_and_a_name_to_kno
 def test_the_manifest_says_what_is_in_the_shards_and_how_they_were_made(source: Path, tmp_path: Path) -> None:
     assert write(source, tmp_path / "s", "--short-side", "20", "--seed", "5") == 0
     manifest = read_manifest(str(tmp_path / "s"))
-    assert manifest.schema == {"classes": ["class 0", "class 1", "class 2"], "members": {"cls": 30, "jpg": 30}}
+    assert manifest.schema == {
+        "classes": ["class 0", "class 1", "class 2"],
+        "members": {"cls": 30, "jpg": 30},
+        "labels": {"samples": 30, "smallest": 0, "largest": 2, "others": 0},
+    }
     told = manifest.made_by
     assert (told["layout"], told["source"], told["split"]) == ("imagefolder", "photos", None)
     assert (told["short_side"], told["quality"], told["seed"], told["verify"]) == (20, 92, 5, True)

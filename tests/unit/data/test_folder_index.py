@@ -84,7 +84,11 @@ def test_class_names_stay_as_long_as_a_shard_does(tmp_path: Path) -> None:
     tar_of(tmp_path / "s" / "000001.tar", ["another"])
     index(str(tmp_path / "s"))
     manifest = read_manifest(str(tmp_path / "s"))
-    assert manifest.schema == {"classes": ["cat"], "members": {"bin": 1, "cls": 2, "txt": 3}}
+    assert manifest.schema == {
+        "classes": ["cat"],
+        "members": {"bin": 1, "cls": 2, "txt": 3},
+        "labels": {"samples": 2, "smallest": 0, "largest": 0, "others": 0},
+    }
     assert manifest.made_by == {"command": "swinv2-scale shards index", "of": {"command": "c"}}
     tar_of(tmp_path / "s" / "000000.tar", ["x"])
     tar_of(tmp_path / "s" / "000001.tar", ["y"])

@@ -60,7 +60,7 @@ def test_no_shard_is_above_its_bounds_and_none_ends_before_it_must(
     bounds = {"samples_per_shard": samples_per_shard, "bytes_per_shard": bytes_per_shard}
     assert write_shards(samples, folder, made_by="a test", **bounds) == len(sizes)
     manifest = read_manifest(str(folder))
-    assert manifest.schema == {"members": {"bin": len(sizes), "cls": len(sizes)}}
+    assert manifest.schema["members"] == {"bin": len(sizes), "cls": len(sizes)}
     entries = list(manifest.entries.values())
     assert [(folder / entry.name).stat().st_size for entry in entries] == [entry.bytes for entry in entries]
     done = 0
@@ -93,7 +93,8 @@ def test_the_manifest_holds_the_schema_and_how_it_was_made(tmp_path: Path) -> No
     write_shards(samples, tmp_path / "s", samples_per_shard=2, made_by={"command": "a test"}, schema=schema)
     data = json.loads((tmp_path / "s" / "manifest.json").read_text())
     assert data["made_by"] == {"command": "a test"}
-    assert data["schema"] == {"classes": ["cat", "dog"], "members": {"bin": 2, "cls": 1}}
+    assert data["schema"]["classes"] == ["cat", "dog"]
+    assert data["schema"]["members"] == {"bin": 2, "cls": 1}
 
 
 @pytest.mark.parametrize(
