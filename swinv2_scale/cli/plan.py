@@ -124,7 +124,7 @@ def _show(found: dict[str, Any], config: RunConfig) -> None:
     _say(
         console,
         f"{found['config']}: SwinV2 {config.model.variant}, {parameters['total']:,} parameters "
-        f"({parameters['task']:,} of them SimMIM's)",
+        f"({parameters['task']:,} of them the {config.task.name} head's)",
         f"{cluster['gpus']} x {device['name']} of {_size(device['memory_bytes'])} on {cluster['nodes']} nodes; a step: "
         f"{schedule['global_batch_size']:,} images = {cluster['gpus']} GPUs x {schedule['micro_batch_size']} x "
         f"{schedule['micro_batches']} accumulated; {schedule['steps']:,} steps, {schedule['images']:,} images",

@@ -1,6 +1,6 @@
 """What a forward pass keeps for the backward pass, tensor by tensor.
 
-Written down from models/block.py, backbone.py, position_bias.py, ops/torch_attention.py and tasks/simmim.py: what
+Written down from models/block.py, backbone.py, position_bias.py, ops/torch_attention.py and tasks/: what
 autograd saves of each of their operations. tests/unit/plan/test_activations.py compares it with what torch really
 keeps. Letters: B images, L tokens of a map, C width, N heads, D head_dim, n tokens of a tile.
 """
@@ -186,13 +186,19 @@ def _embedding_bytes(config: RunConfig, width: Widths) -> int:
     stored = {"uint8": 1, "uint16": 2, "float32": 4}[config.data.pixel_type]
     tokens = batch * math.prod(model.stage_maps[0])
     weights = model.patch_size**2 * model.in_channels * model.embed_dim * width.weight_copy
-    return values * (stored + width.linear) + tokens * (model.embed_dim * width.norm + 2 * _WIDE + 1) + weights
+    mask = tokens if config.task.name == "simmim" else 0
+    return values * (stored + width.linear) + tokens * (model.embed_dim * width.norm + 2 * _WIDE) + mask + weights
 
 
 def _head_bytes(config: RunConfig, width: Widths) -> int:
-    """The last norm's input, the pixel head's, and for the loss the sign of each error and where it counts."""
+    """The last norm's input and the head's; for the loss of classes logarithms of shares and soft labels, of pixels the
+    sign of each error and where it counts."""
     model, batch = config.model, config.data.micro_batch_size
     tokens, dim = batch * math.prod(model.stage_maps[-1]), model.stage_dims[-1]
+    if config.task.name == "classification":
+        weights = model.num_classes * dim * width.weight_copy
+        norm = tokens * (dim * width.norm + 2 * _WIDE)
+        return norm + batch * (dim * width.linear + 2 * model.num_classes * _WIDE) + weights
     weights = model.stride**2 * model.in_channels * dim * width.weight_copy
     loss = batch * math.prod(model.image_shape) * (model.in_channels + 1) * _WIDE
     return tokens * (dim * (width.norm + width.linear) + 2 * _WIDE) + loss + weights

@@ -53,8 +53,7 @@ def activations(config: RunConfig, device: DeviceType = "cuda") -> Activations:
     checkpointing = config.engine.activation_checkpointing
     width = widths(config.engine.precision, device)
     kept = kept_by_block(config, device)
-    pixels = batch * math.prod(model.image_shape) * model.in_channels
-    peak, largest, host = kept[-1] + 3 * pixels * _WIDE, 0, 0
+    peak, largest, host = kept[-1] + _loss_gradients(config, width), 0, 0
     blocks = [(stage, block) for stage, depth in enumerate(model.depths) for block in range(depth)]
     for (stage, block), until_here in zip(blocks, kept[1:], strict=False):
         recomputed = 0
@@ -68,6 +67,15 @@ def activations(config: RunConfig, device: DeviceType = "cuda") -> Activations:
         peak = max(peak, until_here + recomputed + beside)
         largest = max(largest, *(score_bytes(model, stage, tiles, batch) for tiles in tile_shapes(model, stage, block)))
     return Activations(kept[-1], peak, largest, host)
+
+
+def _loss_gradients(config: RunConfig, width: Widths) -> int:
+    """Gradients of the prediction where the loss is, or further down of a class head's weights."""
+    model, batch = config.model, config.data.micro_batch_size
+    if config.task.name == "simmim":
+        return 3 * batch * math.prod(model.image_shape) * model.in_channels * _WIDE
+    weights = model.num_classes * model.stage_dims[-1] * (width.linear if not width.weight_copy else _WIDE)
+    return max(weights - batch * model.num_classes * _WIDE, 3 * batch * model.num_classes * _WIDE)
 
 
 def _mlp_gradients(model: ModelConfig, stage: int, batch: int, width: Widths) -> int:

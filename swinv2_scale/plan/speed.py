@@ -25,8 +25,10 @@ LATENCY_S, LATENCY_PER_DOUBLING_S = 20e-6, 10e-6
 
 
 def forward_flops(config: RunConfig) -> int:
-    """Floating-point operations of one image, forward: two for each multiply-add of the backbone and the pixel head."""
+    """Floating-point operations of one image, forward: two for each multiply-add of the backbone and the head."""
     model = config.model
+    if config.task.name == "classification":
+        return 2 * num_multiply_adds(model, as_published=False)
     head = math.prod(model.stage_maps[-1]) * model.stage_dims[-1] * model.stride**2 * model.in_channels
     return 2 * (num_multiply_adds(model.model_copy(update={"num_classes": 0}), as_published=False) + head)
 
