@@ -14,7 +14,7 @@ from swinv2_scale.config.model import VARIANTS
 from swinv2_scale.config.rules import cross_section_problems
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.source import KeyPath, Settings, apply_overrides, format_value, read_settings
-from swinv2_scale.config.tasks import TASK_SECTIONS
+from swinv2_scale.config.tasks import DEFAULT_TASK, TASK_SECTIONS
 from swinv2_scale.errors import ConfigError, ConfigProblem
 
 #: What other trainers call it.
@@ -173,9 +173,9 @@ def _key_of(loc: tuple[int | str, ...]) -> KeyPath:
     return tuple(key)
 
 
-def _task_of(settings: Settings) -> str | None:
+def _task_of(settings: Settings) -> str:
     history = settings.history.get(("task", "name"))
-    return history[-1].value if history else None
+    return history[-1].value if history else DEFAULT_TASK
 
 
 def _sections(section: type[BaseModel], name: str) -> list[type[BaseModel]]:

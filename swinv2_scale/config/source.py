@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from swinv2_scale.config.tasks import DEFAULT_TASK
 from swinv2_scale.errors import ConfigError, ConfigProblem
 
 KeyPath = tuple[str, ...]
@@ -60,7 +61,7 @@ class Settings:
     def begin_other_task(self, name: Any) -> None:
         """Forget the section of a task of another name: its keys mean nothing to this one."""
         known = self.history.get(_TASK_NAME)
-        if name is not None and known and known[-1].value != name:
+        if name is not None and name != (known[-1].value if known else DEFAULT_TASK):
             self.history = {path: entries for path, entries in self.history.items() if path[0] != _TASK_NAME[0]}
 
     def where(self, path: KeyPath) -> str:

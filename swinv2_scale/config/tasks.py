@@ -10,6 +10,8 @@ from pydantic import Discriminator, Field, Tag
 
 from swinv2_scale.config.model import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
+#: What a section without a name is.
+DEFAULT_TASK = "simmim"
 Share = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -112,7 +114,7 @@ TASK_SECTIONS: dict[str, type[Section]] = {"simmim": SimMIMConfig, "classificati
 
 
 def _name_of(task: Any) -> str | None:
-    name = task.get("name", "simmim") if isinstance(task, dict) else getattr(task, "name", None)
+    name = task.get("name", DEFAULT_TASK) if isinstance(task, dict) else getattr(task, "name", None)
     return name if isinstance(name, str) else None
 
 
