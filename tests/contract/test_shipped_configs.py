@@ -13,7 +13,7 @@ from swinv2_scale.models.backbone import SwinV2
 from swinv2_scale.tasks.simmim import SimMIMTask
 
 FOLDER = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "recipes")
 
 #: SwinV2-G without its head: 2,997,815,008, and 7 norms of 2 x 2048 on the main branch of its third stage.
 GIANT = 2_997_815_008 + 7 * 2 * 2048
