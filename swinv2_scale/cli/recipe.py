@@ -87,7 +87,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if told:
             _end(title, ExitCode.STOPPED, again)
         command = _command(stage, launcher)
-        print(printable(f"{title}: {_what(stage)}\n  {shlex.join(command)}"), flush=True)
+        print(printable(f"{title}: {_what(stage)}"))
+        print(printable(f"  {shlex.join(command)}"), flush=True)
         code = supervise(command, RunDirectory(stage.run_dir), told)
         if code:
             _end(title, code, again)

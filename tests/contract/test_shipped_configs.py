@@ -93,7 +93,7 @@ def test_every_variant_has_the_parameters_that_the_formulas_count(variant):
 def test_a_giant_of_the_default_shape_has_three_billion_parameters():
     giants = [ModelConfig(variant="giant")]
     giants += [c.model for c in (load_config(path).config for path in CONFIGS) if c.model.variant == "giant"]
-    for config in giants:
+    for config in (giant.model_copy(update={"num_classes": 0}) for giant in giants):
         same_shape = all(getattr(config, key) == value for key, value in VARIANTS["giant"].items())
         if not same_shape:
             continue
