@@ -25,16 +25,19 @@ from swinv2_scale.errors import ConfigError, ConfigProblem, WeightsError
 #: What the tensors of two models have their shapes from, but for heads and channels.
 _SHAPE = ("patch_size", "embed_dim", "depths", "num_heads", "mlp_ratio", "extra_norm_every", "extra_norm_counter")
 
+#: DeepSpeed's pdsh hands the words of a command to a remote shell as they are; those of a file are not the user's own.
+_Word = Annotated[str, Field(pattern=r"^[^`$;&|<>\\\x00-\x1f\x7f]*\z")]
+
 
 class StageEntry(Section):
     """One stage, as a recipe's file has it."""
 
     #: A part of its run directory's name.
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\z")]
     #: The stage's YAML file; from the recipe's folder.
-    config: str
+    config: _Word
     #: ``key.path=value``, as on the command line.
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[_Word, ...] = ()
     #: The stage whose weights it begins with: without this key the one before; null: what its configuration says.
     starts_from: str | None = None
 
@@ -44,7 +47,7 @@ class RecipeFile(Section):
 
     stages: Annotated[tuple[StageEntry, ...], Field(min_length=1, max_length=99)]
     #: Of all stages; a stage's own come after them.
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[_Word, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,11 @@ def _problem_of(item: dict[str, Any], path: Path, lines: dict[KeyPath, int]) -> 
         suggestion = next(iter(difflib.get_close_matches(loc[-1], known, 1)), "")
     elif item["type"] == "missing":
         message = "is required"
+    elif item["type"] == "string_pattern_mismatch":
+        allowed = (
+            "letters, digits, . _ -" if loc[-1] == "name" else "what no remote shell obeys: no ` $ ; & | < > or \\"
+        )
+        message = f"{format_value(item['input'])}: holds other characters than {allowed}"
     else:
         message = f"{format_value(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
     return ConfigProblem(key, message, f"{path}:{line}", suggestion)
