@@ -26,7 +26,7 @@ stages:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the small run's configuration."""
-    write_config(tmp_path, tmp_path / "shards", **{"task:": "task:\n  name: simmim"})
+    write_config(tmp_path, tmp_path / "shards")
     return tmp_path
 
 
