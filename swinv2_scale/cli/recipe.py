@@ -77,13 +77,14 @@ def _run(arguments: argparse.Namespace) -> None:
     for stage in chosen:
         found = stage_status(stage)
         title = f"stage {stage.number} of {len(recipe.stages)}, {stage.name}"
+        if found.state == "running":
+            raise OutputError(f"{title}: a job is using {stage.run_dir}", "wait for it, or: swinv2-scale stop RUN")
         if found.is_finished:
             print(printable(f"{title}: finished"), flush=True)
             continue
-        if found.state == "running":
-            raise OutputError(f"{title}: a job is using {stage.run_dir}", "wait for it, or: swinv2-scale stop RUN")
         if stage.predecessor is not None:
-            check_start(stage, shlex.join(_command(stage.predecessor, launcher)))
+            finish = [*_again("run", recipe, stage.predecessor), "--launcher", arguments.launcher, *arguments.overrides]
+            check_start(stage, shlex.join(finish), shlex.join(_command(stage.predecessor, launcher)))
         if told:
             _end(title, ExitCode.STOPPED, again)
         command = _command(stage, launcher)
@@ -126,8 +127,10 @@ def _submit(arguments: argparse.Namespace) -> None:
             print(printable(f"{stage.name}: finished"))
             continue
         if stage.predecessor is not None and stage.predecessor.name not in names:
-            own = f"swinv2-scale recipe submit {arguments.recipe} --stages {stage.predecessor.name}"
-            check_start(stage, f"{own} --dir {recipe.folder} --nodes {arguments.nodes}")
+            before, nodes = stage.predecessor, ["--nodes", str(arguments.nodes)]
+            finish = [*_again("submit", recipe, before), *nodes, *arguments.overrides]
+            repair = ["swinv2-scale", "submit", str(before.config_path), "--run-dir", str(before.run_dir), *nodes]
+            check_start(stage, shlex.join(finish), shlex.join([*repair, *before.words]))
         names.add(stage.name)
         own_part = {"config": stage.config_path, "overrides": list(stage.words), "run_dir": stage.run_dir}
         waiting.append((stage, prepare(argparse.Namespace(**{**vars(arguments), **own_part}))))
@@ -204,6 +207,12 @@ def _chosen(recipe: Recipe, text: str) -> tuple[Stage, ...]:
     if start > end:
         raise ConfigError(f"--stages {text}: stage {bounds[1]} is before {bounds[0]}", "write the earlier one first")
     return recipe.stages[start - 1 : end]
+
+
+def _again(action: str, recipe: Recipe, last: Stage) -> list[str]:
+    """The command that comes as far as a stage."""
+    where = ["--dir", str(recipe.folder), "--stages", f"..{last.name}"]
+    return ["swinv2-scale", "recipe", action, str(recipe.path), *where]
 
 
 def _command(stage: Stage, launcher: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.config.recipe import Recipe, Stage, shape_differences
+from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.source import as_tuples, format_value
 from swinv2_scale.engine.checkpoint import Checkpoint, open_run_or_checkpoint, read_state
 from swinv2_scale.engine.status import RunStatus, is_done, read_status
@@ -41,7 +42,7 @@ class StageStatus:
         return "stopped" if self.run.state == "finished" else self.run.state
 
     @property
-    def config(self) -> Any:
+    def config(self) -> RunConfig:
         return self.stage.config
 
     def to_json(self) -> dict[str, Any]:
@@ -73,21 +74,22 @@ def chain_status(recipe: Recipe) -> tuple[StageStatus, ...]:
     return tuple(stage_status(stage) for stage in recipe.stages)
 
 
-def check_start(stage: Stage, command: str) -> None:
+def check_start(stage: Stage, finish: str, repair: str) -> None:
     """Whether what a stage starts from is there, whole, finished, and the model that the recipe says.
 
     A stage that has a checkpoint of its own goes on from that, and needs nothing else.
 
     Args:
-        command: what finishes its predecessor.
+        finish: the command that brings its predecessor to its end.
+        repair: the one that makes its last checkpoint once more, from an earlier one.
 
     Raises:
-        CheckpointError: with that command.
+        CheckpointError: with the command to type.
     """
     before, own = stage.predecessor, stage_status(stage)
     if before is None or (own.run is not None and own.run.checkpoint is not None):
         return
-    begin, next_step = f"stage {stage.name} starts from {before.name}", f"this goes on with it: {command}"
+    begin, next_step = f"stage {stage.name} starts from {before.name}", f"this finishes it: {finish}"
     found = stage_status(before)
     if found.run is None:
         raise CheckpointError(f"{begin}, which has not been started: there is no {before.run_dir}", next_step)
@@ -97,10 +99,10 @@ def check_start(stage: Stage, command: str) -> None:
     try:
         newest = open_run_or_checkpoint(before.run_dir)
     except CheckpointError as error:
-        raise CheckpointError(f"{begin}: {error.message}", next_step) from error
+        raise CheckpointError(f"{begin}: {error.message}", f"restore it from a copy, or: {repair}") from error
     if not is_done(newest, before.config):
         message = f"{begin}, whose last checkpoint is damaged; the newest whole one is {newest.path}"
-        raise CheckpointError(message, next_step)
+        raise CheckpointError(message, f"this trains from there to the end again: {repair}")
     _check_model(before, newest, begin)
 
 

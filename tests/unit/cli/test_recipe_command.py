@@ -58,7 +58,7 @@ def trained(recipe: Recipe, number: int, step: int, *overrides: str, **state: An
 
 def refusal(recipe: Recipe, number: int) -> str:
     with pytest.raises(CheckpointError) as caught:
-        check_start(recipe.stages[number - 1], "the command")
+        check_start(recipe.stages[number - 1], "to finish it", "to repair it")
     assert caught.value.exit_code == 65
     return str(caught.value)
 
@@ -108,7 +108,7 @@ def test_a_stage_that_stopped_early_is_finished(recipe: Recipe) -> None:
     patient = load_recipe(recipe.path, overrides=("evaluation.patience=2",))
     checkpoint = trained(patient, 1, 20, validations_since_best=2)
     assert stage_status(patient.stages[0]).state == "finished"
-    check_start(patient.stages[1], "the command")
+    check_start(patient.stages[1], "", "")
     checkpoint.rename(checkpoint.with_name("gone"))
     trained_again = trained(patient, 2, 20, validations_since_best=1)
     assert trained_again.exists()
@@ -117,14 +117,14 @@ def test_a_stage_that_stopped_early_is_finished(recipe: Recipe) -> None:
 
 def test_a_stage_can_begin_when_its_predecessor_is_finished(recipe: Recipe) -> None:
     trained(recipe, 1, TOTAL)
-    check_start(recipe.stages[0], "")
-    check_start(recipe.stages[1], "")
+    check_start(recipe.stages[0], "", "")
+    check_start(recipe.stages[1], "", "")
 
 
-def test_a_missing_predecessor_is_named_with_the_command_that_makes_it(recipe: Recipe) -> None:
+def test_a_missing_predecessor_is_named_with_the_command_that_finishes_it(recipe: Recipe) -> None:
     assert refusal(recipe, 2) == (
         "stage second starts from first, which has not been started: there is no runs/x/01-first\n"
-        "  next: this goes on with it: the command"
+        "  next: this finishes it: to finish it"
     )
 
 
@@ -136,9 +136,13 @@ def test_an_unfinished_predecessor_is_named_with_the_step_it_is_at(recipe: Recip
 def test_a_damaged_predecessor_is_found(recipe: Recipe) -> None:
     checkpoint = trained(recipe, 1, TOTAL)
     (checkpoint / "state.json").write_text("{}")
-    assert "stage second starts from first: " in refusal(recipe, 2)
+    said = refusal(recipe, 2)
+    assert "stage second starts from first: " in said
+    assert "restore it from a copy, or: to repair it" in said
     trained(recipe, 1, 7)
-    assert "whose last checkpoint is damaged; the newest whole one is runs/x/01-first/checkpoints" in refusal(recipe, 2)
+    said = refusal(recipe, 2)
+    assert "whose last checkpoint is damaged; the newest whole one is runs/x/01-first/checkpoints" in said
+    assert "this trains from there to the end again: to repair it" in said
 
 
 @pytest.mark.parametrize(
@@ -156,14 +160,14 @@ def test_a_predecessor_of_another_model_is_found(recipe: Recipe, override: str, 
 
 def test_a_stage_that_has_begun_needs_no_predecessor_any_more(recipe: Recipe) -> None:
     trained(recipe, 2, 7)
-    check_start(recipe.stages[1], "")
+    check_start(recipe.stages[1], "", "")
 
 
 def test_run_refuses_a_stage_whose_predecessor_is_not_there_and_says_what_to_type(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = answered(capsys, "run", "x.yaml", "--stages", "second..", "--launcher", "python", code=65)
-    assert "launch/pretrain.py --config small.yaml --run-dir runs/x/01-first" in said
+    assert "this finishes it: swinv2-scale recipe run x.yaml --dir runs/x --stages ..first --launcher python" in said
     assert not Path("runs").exists()
 
 
