@@ -23,7 +23,7 @@ from swinv2_scale.engine.start import first_values
 from swinv2_scale.tasks.simmim import SimMIMTask
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIG = "configs/simmim/simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml"
+CONFIG = "configs/stages/giant/simmim_192w12.yaml"
 
 
 def main() -> None:

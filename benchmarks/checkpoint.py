@@ -36,7 +36,7 @@ from swinv2_scale.engine.step import train_step
 from swinv2_scale.tasks.simmim import SimMIMTask
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIG = "configs/simmim/simmim_pretrain__swinv2_{}__img192_window12__800ep.yaml"
+CONFIG = "configs/stages/{}/simmim_192w12.yaml"
 #: The size of a checkpoint is the model's; pixels only make steps slow.
 SETTINGS = (
     *("data.train=embedded:photographs/train", "data.validation=null", "data.num_workers=0"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from machine import describe_machine, describe_versions
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIG = "configs/simmim/simmim_pretrain__swinv2_large__img192_window12__800ep.yaml"
+CONFIG = "configs/stages/large/simmim_192w12.yaml"
 DATA = ("data.train=embedded:photographs/train", "data.validation=null", "data.num_workers=0")
 BATCH = ("data.global_batch_size=2", "data.micro_batch_size=1", "optim.warmup_steps=0")
 BUCKETS = ("engine.reduce_bucket_elements=10_000_000", "engine.prefetch_bucket_elements=1_000_000")

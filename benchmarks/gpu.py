@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/gpu.py > benchmarks/results/gpu_HARDWARE_YYYYMM.md
 
-Tiny, base and giant (configs/simmim/), ZeRO 1 and 3, each attention backend, with activation checkpointing and
+Tiny, base and giant (configs/stages/), ZeRO 1 and 3, each attention backend, with activation checkpointing and
 without: the configured case of every model first, then the variations. Each case is a process of its own with a time
 limit; one that fails is a row that says how. After "out of memory" the same case comes again with half the micro-batch.
 Rows are printed as they come, so what a total --budget-s cuts off is the end. Where no wheels can be fetched:
@@ -51,9 +51,9 @@ from swinv2_scale.telemetry.metrics import peak_memory_bytes
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = {
-    "tiny": "configs/simmim/simmim_pretrain__swinv2_tiny__img192_window12__800ep.yaml",
-    "base": "configs/simmim/simmim_pretrain__swinv2_base__img192_window12__800ep.yaml",
-    "giant": "configs/simmim/simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml",
+    "tiny": "configs/stages/tiny/simmim_192w12.yaml",
+    "base": "configs/stages/base/simmim_192w12.yaml",
+    "giant": "configs/stages/giant/simmim_192w12.yaml",
 }
 #: The attention of those files: sequential in the first two stages, as in the paper's sec. 3.5.
 CONFIGURED = "configured"

@@ -29,9 +29,9 @@ RESULTS = REPOSITORY / "benchmarks" / "results" / "scaling_on-paper_202611.md"
 MARK = "<!-- benchmarks/scaling.py: {} -->"
 
 CONFIGS = {
-    "T": "configs/simmim/simmim_pretrain__swinv2_tiny__img192_window12__800ep.yaml",
-    "B": "configs/simmim/simmim_pretrain__swinv2_base__img192_window12__800ep.yaml",
-    "G": "configs/simmim/simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml",
+    "T": "configs/stages/tiny/simmim_192w12.yaml",
+    "B": "configs/stages/base/simmim_192w12.yaml",
+    "G": "configs/stages/giant/simmim_192w12.yaml",
 }
 #: Share of the peak rate that arithmetic reaches; ours is an assumption for each.
 EFFICIENCY = {"a100": 0.4, "h100": 0.35, "h200": 0.35}

@@ -2,7 +2,7 @@
 # What differs from site to site. Copy it, or edit it here; `swinv2-scale submit --site FILE` takes another one.
 
 # 1. When a job is submitted: sbatch reads these by itself, before the #SBATCH lines (man sbatch, INPUT ENVIRONMENT
-#    VARIABLES). `swinv2-scale submit` and chain.sh source this file; by hand: source launch/slurm/site.sh; sbatch ...
+#    VARIABLES). `swinv2-scale submit` and `recipe submit` source it; by hand: source launch/slurm/site.sh; sbatch ...
 # export SBATCH_ACCOUNT=my_project
 # export SBATCH_PARTITION=gpu
 # export SBATCH_QOS=normal

@@ -47,6 +47,11 @@ def _launch(arguments: argparse.Namespace) -> None:
     """
     command: list[str] = arguments.command
     run = _run_of(command)
+    sys.exit(supervise(command, run, note_stop_signals()))
+
+
+def note_stop_signals() -> list[int]:
+    """From here on a stop signal ends nothing; it is added to this list, and the first one is said."""
     told: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -55,6 +60,21 @@ def _launch(arguments: argparse.Namespace) -> None:
         told.append(number)
 
     on_stop_signals(note)
+    return told
+
+
+def supervise(command: list[str], run: RunDirectory, told: list[int]) -> int:
+    """Run a launcher's command to the end of its last rank.
+
+    Args:
+        told: as soon as anything is in it, the job is asked to stop.
+
+    Returns:
+        the exit code that the run directory says; the launcher's own if it ended before there was a job.
+
+    Raises:
+        ClusterError: the launcher can't be started.
+    """
     earlier = _lives(run.root)
     try:
         # pdsh and ssh read a terminal if they are given one.
@@ -64,13 +84,13 @@ def _launch(arguments: argparse.Namespace) -> None:
     while (code := process.poll()) is None:
         _wait(run, told)
     if _lives(run.root) == earlier:  # it ended before there was a job, or another one has the run
-        sys.exit(code if code >= 0 else 128 - code)
+        return code if code >= 0 else 128 - code
     if read_status(run.root).state == "running":
         print(f"{command[0]} has ended with {code}; its ranks save a checkpoint and stop", flush=True)
     while (status := read_status(run.root)).state == "running":
         _wait(run, told)
     print(_verdict(status), flush=True)
-    sys.exit(int(status.exit_code))
+    return int(status.exit_code)
 
 
 def _wait(run: RunDirectory, told: list[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from swinv2_scale.cli import checkpoint, config, doctor, launch, models, plan, shards, status, submit
+from swinv2_scale.cli import checkpoint, config, doctor, launch, models, plan, recipe, shards, status, submit
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
@@ -24,6 +24,7 @@ def make_parser() -> ArgumentParser:
     doctor.add_commands(commands)
     status.add_commands(commands)
     submit.add_commands(commands)
+    recipe.add_commands(commands)
     launch.add_commands(commands)
     return parser
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: (image in px, window in tokens) that each variant is published with, SimMIM's 192 px first: the released
 #: configurations of T to L, the model hub, and appendix A2 of Swin V2 (arXiv 2111.09883). Ours are T at 192 px, which
-#: configs/simmim has, and G's windows of 12 and 40 for classification: the other models' at 192, its own on ADE20K.
+#: configs/stages has, and G's windows of 12 and 40 for classification: the other models' at 192, its own on ADE20K.
 SIZES: dict[str, tuple[tuple[int, int], ...]] = {
     "tiny": ((192, 12), (256, 8), (256, 16)),
     "small": ((192, 12), (256, 8), (256, 16)),

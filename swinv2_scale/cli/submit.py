@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,64 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser("submit", help=words)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="the stage's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration values")
-    parser.add_argument("--nodes", type=positive_int, required=True, metavar="N")
-    parser.add_argument("--gpus-per-node", type=positive_int, default=8, metavar="N", help="and tasks (default: 8)")
-    parser.add_argument("--cpus-per-task", type=positive_int, default=8, metavar="N", help="cores a GPU (default: 8)")
-    parser.add_argument("--time", type=_time, default="24:00:00", help="limit of each life, as Slurm writes it (a day)")
+    add_size(parser)
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME-OF-CONFIG")
-    parser.add_argument("--site", type=Path, metavar="FILE", help="default: launch/slurm/site.sh")
     parser.add_argument("--after", type=_job, metavar="JOB", help="start when this job has finished its run")
     parser.add_argument("--print", action="store_true", help="show the file instead of submitting it")
     parser.add_argument("--parsable", action="store_true", help="say the job's number, and nothing else")
     parser.set_defaults(run=_submit)
 
 
-def _submit(arguments: argparse.Namespace) -> None:
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a job gets, and where."""
+    parser.add_argument("--nodes", type=positive_int, required=True, metavar="N")
+    parser.add_argument("--gpus-per-node", type=positive_int, default=8, metavar="N", help="and tasks (default: 8)")
+    parser.add_argument("--cpus-per-task", type=positive_int, default=8, metavar="N", help="cores a GPU (default: 8)")
+    parser.add_argument("--time", type=_time, default="24:00:00", help="limit of each life, as Slurm writes it (a day)")
+    parser.add_argument("--site", type=Path, metavar="FILE", help="default: launch/slurm/site.sh")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A batch file that is checked and filled in, and what else it is submitted with."""
+
+    text: str
+    site: Path
+    run: Path
+
+    def queue(self, after: str | None = None) -> str:
+        """Hand it to sbatch; the job's number.
+
+        Args:
+            after: the number of a job that has to finish its run first.
+
+        Raises:
+            ClusterError: there is no Slurm here, or it refused.
+            ConfigError: the run directory can't be made.
+        """
+        if shutil.which("sbatch") is None:
+            raise ClusterError("there is no sbatch on this machine", "submit where Slurm is, or show the file: --print")
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)  # so that `status` knows it from here on
+        except OSError as error:
+            raise ConfigError(f"cannot make the run directory {self.run}: {error}", "choose another one") from error
+        return _hand_over(self.text, self.site, after)
+
+    def log(self, job: str) -> Path:
+        """Where Slurm puts what the job prints."""
+        return Path.cwd() / f"slurm-{_job_name(self.run)}-{job}.out"
+
+
+def prepare(arguments: argparse.Namespace) -> Submission:
+    """Check a stage and fill in its batch file.
+
+    Args:
+        arguments: ``config``, ``overrides``, ``run_dir`` and those of add_size().
+
+    Raises:
+        ConfigError: the configuration, the size or a name can't be submitted.
+        ClusterError: this isn't a checkout.
+    """
     from swinv2_scale.cli.train import default_run_dir
 
     site = arguments.site or _SLURM / "site.sh"
@@ -47,25 +93,23 @@ def _submit(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"there is no site file {site}", "copy launch/slurm/site.sh and edit it")
     run = arguments.run_dir or default_run_dir(arguments.config)
     loaded, overrides = _checked(arguments)
-    text = _filled(arguments, loaded, overrides, run, site)
+    return Submission(_filled(arguments, loaded, overrides, run, site), site, run)
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    submission = prepare(arguments)
     if arguments.print:
-        print(text, end="")
+        print(submission.text, end="")
         return
-    if shutil.which("sbatch") is None:
-        raise ClusterError("there is no sbatch on this machine", "submit where Slurm is, or show the file: --print")
-    try:
-        run.mkdir(parents=True, exist_ok=True)  # so that `status` knows it from here on
-    except OSError as error:
-        raise ConfigError(f"cannot make the run directory {run}: {error}", "choose another --run-dir") from error
-    job = _hand_over(text, site, arguments.after)
+    job = submission.queue(arguments.after)
     if arguments.parsable:
         print(job)
         return
-    log = Path.cwd() / f"slurm-{_job_name(run)}-{job}.out"
+    run = shlex.quote(str(submission.run))
     print(printable(f"job {job}: {arguments.config} on {arguments.nodes} x {arguments.gpus_per_node} GPUs"))
-    print(printable(f"  log     {log}"))
-    print(printable(f"  follow  swinv2-scale status {shlex.quote(str(run))}"))
-    print(printable(f"  stop    swinv2-scale stop {shlex.quote(str(run))}"))
+    print(printable(f"  log     {submission.log(job)}"))
+    print(printable(f"  follow  swinv2-scale status {run}"))
+    print(printable(f"  stop    swinv2-scale stop {run}"))
 
 
 def _checked(arguments: argparse.Namespace) -> tuple[LoadedConfig, list[str]]:

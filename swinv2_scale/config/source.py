@@ -136,21 +136,33 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _read_into(settings: Settings, path: Path, chain: tuple[Path, ...]) -> None:
+def read_mapping(path: Path, lines: dict[KeyPath, int], origin: str = "") -> dict[str, Any]:
+    """A YAML file as plain data; sequences are tuples.
+
+    Args:
+        lines: gets the line of every key, and of every item of a sequence, which has its position for a name.
+        origin: what names the file, for errors; other files are what somebody else wrote.
+
+    Raises:
+        ConfigError: the file is missing, or no mapping in YAML.
+    """
     try:
-        if chain and path.exists() and not path.is_file():  # what others wrote: from a pipe nothing may ever come
+        if origin and path.exists() and not path.is_file():  # from a pipe nothing may ever come
             raise OSError("it is no plain file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        origin = f" (extended by {chain[-1]})" if chain else ""
         raise ConfigError(f"cannot read the configuration {path}{origin}: {error}") from error
-    resolved = path.resolve()
-    if resolved in (p.resolve() for p in chain):
-        raise ConfigError(f"{path} extends itself: {' -> '.join(str(p) for p in (*chain, path))}")
-    lines: dict[KeyPath, int] = {}
     data = _parse(text, str(path), lines)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, this file holds {type(data).__name__}")
+    return data
+
+
+def _read_into(settings: Settings, path: Path, chain: tuple[Path, ...]) -> None:
+    lines: dict[KeyPath, int] = {}
+    data = read_mapping(path, lines, f" (extended by {chain[-1]})" if chain else "")
+    if path.resolve() in (p.resolve() for p in chain):
+        raise ConfigError(f"{path} extends itself: {' -> '.join(str(p) for p in (*chain, path))}")
     base = data.pop("extends", None)
     bases = (base,) if isinstance(base, str) else base or ()
     if not isinstance(bases, tuple) or not all(isinstance(name, str) for name in bases):
@@ -212,5 +224,7 @@ def _build(loader: _Loader, node: yaml.Node, path: KeyPath, where: str, lines: d
             result[key] = _build(loader, value_node, (*path, key), where, lines)
         return result
     if isinstance(node, yaml.SequenceNode):
-        return tuple(_build(loader, item, path, where, None) for item in node.value)
+        if lines is not None:
+            lines |= {(*path, str(n)): item.start_mark.line + 1 for n, item in enumerate(node.value)}
+        return tuple(_build(loader, item, (*path, str(n)), where, lines) for n, item in enumerate(node.value))
     return loader.construct_object(node)

@@ -194,7 +194,8 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         if STATE not in {record.name for record in checkpoint.files}:
             raise ValueError("its manifest doesn't vouch for it")
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        with open_plain(path) as file:
+            data: dict[str, Any] = json.load(file)
         if not isinstance(data["config"], dict):
             raise TypeError("its config is no mapping")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

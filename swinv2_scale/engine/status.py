@@ -22,7 +22,7 @@ from typing import Any, Literal
 from swinv2_scale.config.loader import load_config
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.durable import open_plain
-from swinv2_scale.engine.checkpoint import PREFIX, Checkpoint, read
+from swinv2_scale.engine.checkpoint import PREFIX, Checkpoint, read, read_state
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.errors import CheckpointError, ConfigError, ExitCode
 
@@ -32,6 +32,9 @@ FRUITLESS_LIVES = 3
 _RECENT = 50
 _METRICS_BYTES, _LIST_BYTES = 256 * 2**10, 16 * 2**20
 _CONFIG_BYTES = 2**20
+
+#: What names of metrics on held-back samples begin with.
+_VALIDATION = "validation_"
 
 #: How lives end that another one may follow; None: killed.
 _TO_START_AGAIN = (None, ExitCode.PEER_LOST, ExitCode.STOPPED)
@@ -81,6 +84,7 @@ class RunStatus:
     Attributes:
         reason: what there is to say about the state.
         step: the last one in its metrics.
+        validation: metrics of the last evaluation that is in the end of its metrics, by name; empty without one.
         images_per_second, step_seconds: medians of the last steps; None without any.
         checkpoint: the newest whose manifest can be read; whether it is whole only ``checkpoint verify`` says.
         quarantined, anomalies: rows of the files of that name (of their last 16 MiB).
@@ -92,6 +96,7 @@ class RunStatus:
     config: RunConfig | None
     step: int
     loss: float | None
+    validation: dict[str, float]
     images_per_second: float | None
     step_seconds: float | None
     lives: tuple[Life, ...]
@@ -154,6 +159,7 @@ class RunStatus:
             "step": self.step,
             "total_steps": self.total_steps,
             "loss": self.loss,
+            "validation": self.validation,
             "images_per_second": self.images_per_second,
             "seconds_left": self.seconds_left,
             "lives": [{**vars(life), "reason": self.ended(life)} for life in self.lives],
@@ -177,7 +183,8 @@ def read_status(path: Path) -> RunStatus:
     lives = _lives(_rows(directory.lives, _LIST_BYTES))
     checkpoints = _checkpoints(directory.checkpoints)
     newest = checkpoints[0] if checkpoints else None
-    rows = [row for row in _rows(directory.metrics, _METRICS_BYTES) if _count(row, "step") is not None][-_RECENT:]
+    found = [row for row in _rows(directory.metrics, _METRICS_BYTES) if _count(row, "step") is not None]
+    rows = found[-_RECENT:]
     step = (_count(rows[-1], "step") if rows else None) or 0
     state, reason = _state(directory, config, lives, newest)
     return RunStatus(
@@ -187,6 +194,7 @@ def read_status(path: Path) -> RunStatus:
         config=config,
         step=max(step, newest.step if newest and not rows else 0),
         loss=_number(rows[-1], "loss") if rows else None,
+        validation=next((metrics for row in reversed(found) if (metrics := _validation(row))), {}),
         images_per_second=_median(rows, "images_per_second"),
         step_seconds=_median(rows, "step_seconds"),
         lives=lives,
@@ -203,8 +211,9 @@ def _state(
     is_locked, holder = _holder(directory.root / ".lock")
     if is_locked:
         return "running", holder or "a job has the lock"
-    if config and newest and newest.step >= config.optim.total_steps:
-        return "finished", ""
+    if config and newest and is_done(newest, config):
+        is_early = newest.step < config.optim.total_steps
+        return "finished", f"evaluation.patience was used up at step {newest.step}" if is_early else ""
     if not lives:
         return "not begun", "no life of it is on record"
     last = lives[-1]
@@ -218,6 +227,18 @@ def _state(
     if last.exit_code == ExitCode.DONE:
         return "finished", f"--steps {last.step} was reached" if last.step is not None else ""
     return ("stopped" if last.exit_code == ExitCode.STOPPED else "failed"), last.reason
+
+
+def is_done(newest: Checkpoint, config: RunConfig) -> bool:
+    """Whether a run that has saved this has nothing left to do: all steps are made, or its patience is used up."""
+    if newest.step >= config.optim.total_steps:
+        return True
+    if config.evaluation.patience is None:
+        return False
+    try:
+        return (_count(read_state(newest), "validations_since_best") or 0) >= config.evaluation.patience
+    except CheckpointError:
+        return False
 
 
 def _is_going_round(lives: Sequence[Life], newest: Checkpoint | None) -> bool:
@@ -343,6 +364,11 @@ def _count(row: dict[str, Any], name: str) -> int | None:
 def _number(row: dict[str, Any], name: str) -> float | None:
     value = row.get(name)
     return float(value) if isinstance(value, int | float) and abs(value) < 1e12 else None  # NaN isn't, either
+
+
+def _validation(row: dict[str, Any]) -> dict[str, float]:
+    values = {key.removeprefix(_VALIDATION): _number(row, key) for key in row if key.startswith(_VALIDATION)}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _median(rows: list[dict[str, Any]], name: str) -> float | None:

@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from swinv2_scale.config.head_map import read_head_map
 from swinv2_scale.config.model import VARIANTS, ModelConfig, PretrainedWindows
 from swinv2_scale.config.source import format_value
 from swinv2_scale.errors import WeightsError
 from swinv2_scale.weights.facts import Facts
 from swinv2_scale.weights.names import FORMAT_NAMES, Format
 from swinv2_scale.weights.read import Weights, open_weights
-from swinv2_scale.weights.transfer import adapt_channels, inherit_windows, read_head_map
+from swinv2_scale.weights.transfer import adapt_channels, inherit_windows
 from swinv2_scale.weights.write import write_weights
 
 Head = Literal["auto", "keep", "new"]
@@ -268,7 +269,7 @@ def _plan_head(
                 "the file has no head" if found is None else "the model has no head" if shape is None else "head='new'"
             )
             raise WeightsError(f"a head map is given for {weights.where}, but {why}", "leave out head_map")
-        rows = read_head_map(head_map, found[0], shape[0])
+        rows = torch.tensor(read_head_map(head_map, found[0], shape[0]))
         return "derived", f"rows of {found[0]} classes picked by {head_map}", rows
     if head == "keep" and (shape is None or found != shape):
         theirs, ours = (f"a head of {s[0]} classes" if s else "no head" for s in (found, shape))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from swinv2_scale.config.model import ModelConfig, PretrainedWindows
-from swinv2_scale.errors import WeightsError
 
 
 def adapt_channels(weight: Tensor, in_channels: int) -> Tensor:
@@ -28,28 +25,6 @@ def adapt_channels(weight: Tensor, in_channels: int) -> Tensor:
         return wide.sum(1, keepdim=True)
     turns = torch.arange(in_channels, device=weight.device) % 3
     return wide[:, turns] * (3 / in_channels)
-
-
-def read_head_map(path: str | Path, num_old: int, num_new: int) -> Tensor:
-    """Which old class each new class takes its weights from: a text file of one number a line, as map22kto1k.txt.
-
-    Returns:
-        int64 (num_new,).
-
-    Raises:
-        WeightsError: missing, not numbers, another count than ``num_new``, or a number outside the old classes.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split()
-        numbers = [int(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"the head map {path} can't be read: {error}", "one class number a line") from None
-    if len(numbers) != num_new:
-        raise WeightsError(f"the head map {path} has {len(numbers)} lines, the model has {num_new} classes")
-    outside = [number for number in numbers if not 0 <= number < num_old]
-    if outside:
-        raise WeightsError(f"the head map {path} names class {outside[0]}; the file's head has 0..{num_old - 1}")
-    return torch.tensor(numbers)
 
 
 def inherit_windows(

@@ -13,7 +13,7 @@ from swinv2_scale.models.backbone import SwinV2
 from swinv2_scale.tasks.simmim import SimMIMTask
 
 FOLDER = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "recipes")
 
 #: SwinV2-G without its head: 2,997,815,008, and 7 norms of 2 x 2048 on the main branch of its third stage.
 GIANT = 2_997_815_008 + 7 * 2 * 2048
@@ -93,7 +93,7 @@ def test_every_variant_has_the_parameters_that_the_formulas_count(variant):
 def test_a_giant_of_the_default_shape_has_three_billion_parameters():
     giants = [ModelConfig(variant="giant")]
     giants += [c.model for c in (load_config(path).config for path in CONFIGS) if c.model.variant == "giant"]
-    for config in giants:
+    for config in (giant.model_copy(update={"num_classes": 0}) for giant in giants):
         same_shape = all(getattr(config, key) == value for key, value in VARIANTS["giant"].items())
         if not same_shape:
             continue

@@ -11,7 +11,7 @@ FILES = sorted([*FOLDER.glob("*.sh"), *FOLDER.glob("*.sbatch")])
 
 
 def test_the_files_are_there():
-    assert {"pretrain.sbatch", "finetune.sbatch", "chain.sh", "job.sh", "site.sh"} == {path.name for path in FILES}
+    assert {"pretrain.sbatch", "finetune.sbatch", "job.sh", "site.sh"} == {path.name for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

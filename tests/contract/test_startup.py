@@ -39,7 +39,12 @@ def test_a_valid_configuration_is_answered_without_torch(command):
 
 @pytest.mark.parametrize(
     "command",
-    [["status", "."], ["submit", QUICKSTART, "--nodes", "1", "--gpus-per-node", "1", "--print"]],
+    [
+        ["status", "."],
+        ["recipe", "status", "configs/recipes/quickstart.yaml"],
+        ["submit", QUICKSTART, "--nodes", "1", "--gpus-per-node", "1", "--print"],
+        ["recipe", "submit", "configs/recipes/quickstart.yaml", "--nodes", "1", "--gpus-per-node", "1", "--print"],
+    ],
     ids=" ".join,
 )
 def test_what_a_login_node_is_asked_is_answered_without_torch(command):

@@ -11,7 +11,7 @@ from swinv2_scale.models.factory import initialise
 from swinv2_scale.tasks.simmim import SimMIMTask
 from tests.support.processes import REPOSITORY, run_worker
 
-CONFIG = REPOSITORY / "configs" / "simmim" / "simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml"
+CONFIG = REPOSITORY / "configs" / "stages" / "giant" / "simmim_192w12.yaml"
 #: Everything of G but its width, and all of it sharded: no parameter is small enough to stay whole.
 NARROW = (
     "model.embed_dim=16",

@@ -49,7 +49,7 @@ def test_activation_checkpointing_gives_the_same_bits_under_zero_3(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def giant() -> Path:
-    return REPOSITORY / "configs" / "simmim" / "simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml"
+    return REPOSITORY / "configs" / "stages" / "giant" / "simmim_192w12.yaml"
 
 
 def test_the_giant_stage_equals_eager_attention_without_checkpointing(

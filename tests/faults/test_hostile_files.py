@@ -247,6 +247,58 @@ def text_that_is_markup(place: Place) -> list[object]:
     return [small(place), f"data.shards_dir={json.dumps(f'[/red]{ESCAPE}')}"]
 
 
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def recipe() -> Callable[[Any], Any]:
+    def words(entry: str, made: list[object]) -> list[object]:
+        return [*made, "--nodes", 1, "--gpus-per-node", 1, "--print"] if entry == "recipe submit" else made
+
+    return attacks(dict.fromkeys((f"recipe {action}" for action in ("check", "run", "submit", "status")), 78), words)
+
+
+@recipe()
+def a_python_tag_in_a_recipe(place: Place) -> list[object]:
+    return [place.file("r.yaml", f"stages: !!python/object/apply:os.system ['{place.command}']\n")]
+
+
+@recipe()
+def a_python_tag_in_a_stage_of_a_recipe(place: Place) -> list[object]:
+    small(place, **{"lr: 2.0e-3": f"lr: !!python/object/apply:os.system ['{place.command}']"})
+    return [place.file("r.yaml", "stages: [{name: a, config: small.yaml}]\n")]
+
+
+@recipe()
+def a_pipe_and_a_device_as_stages_of_a_recipe(place: Place) -> list[object]:
+    os.mkfifo(place.root / "pipe")
+    stages = ", ".join(f"{{name: {name}, config: {name}}}" for name in ("pipe", "dev"))
+    (place.root / "dev").symlink_to("/dev/zero")
+    return [place.file("r.yaml", f"stages: [{stages}]\n")]
+
+
+@recipe()
+def stages_whose_names_lead_out_of_the_folder_or_command_a_terminal(place: Place) -> list[object]:
+    small(place)
+    names = ("../../outside/x", "/x", "a;touch x", "-rf", ESCAPE, "")
+    stages = "".join(f"  - {{name: {json.dumps(name)}, config: small.yaml}}\n" for name in names)
+    return [place.file("r.yaml", f"{json.dumps(ESCAPE)}: 1\nstages:\n{stages}")]
+
+
+@recipe()
+def overrides_of_a_recipe_for_the_shell_of_another_host(place: Place) -> list[object]:
+    """DeepSpeed's pdsh quotes nothing."""
+    small(place)
+    words = json.dumps([f"data.shards_dir=x$({place.command})", f"data.index_dir=x;{place.command}"])
+    return [place.file("r.yaml", f"stages: [{{name: a, config: small.yaml, overrides: {words}}}]\n")]
+
+
+@recipe()
+def overrides_of_a_recipe_that_are_options_or_python(place: Place) -> list[object]:
+    small(place)
+    words = json.dumps(["--run-dir=/tmp", f"optim.lr=!!python/object/apply:os.system ['{place.command}']"])
+    return [place.file("r.yaml", f"stages: [{{name: a, config: small.yaml, overrides: {words}}}]\n")]
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 

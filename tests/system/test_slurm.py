@@ -160,29 +160,44 @@ def test_f16_five_lives_of_a_job_give_the_loss_curve_of_an_unbroken_run(cluster:
 
 
 def test_f16_a_recipes_stages_run_one_after_another_though_the_first_is_requeued(cluster: Cluster) -> None:
-    slurm, stages = cluster.slurm, cluster.folder / "stages"
-    stages.mkdir()
-    first, second = cluster.folder / "runs" / "stages-first", cluster.folder / "runs" / "stages-second"
-    (stages / "first.yaml").write_text("extends: ../small.yaml\n")
-    (stages / "second.yaml").write_text(f"extends: ../small.yaml\ninit_from: {first}\n")
-    size = ("--nodes", 2, "--gpus-per-node", 1, "--cpus-per-task", 1, "--site", cluster.folder / "site.sh")
-    chain = (REPOSITORY / "launch" / "slurm" / "chain.sh", "stages/first.yaml", "stages/second.yaml", "--")
-    said = slurm.run(
-        "env", f"PYTHON={sys.executable}", *chain, *size, *LIGHT, "optim.total_steps=50", cwd=cluster.folder
-    )
-    jobs = re.findall(r"yaml: job (\d+)", said)
+    slurm, folder = cluster.slurm, cluster.folder
+    (folder / "x.yaml").write_text("stages:\n  - {name: a, config: small.yaml}\n  - {name: b, config: small.yaml}\n")
+    first, second = folder / "runs" / "x" / "01-a", folder / "runs" / "x" / "02-b"
+    recipe = (sys.executable, "-m", "swinv2_scale", "recipe")
+    size = ("--nodes", 2, "--gpus-per-node", 1, "--cpus-per-task", 1, "--site", folder / "site.sh")
+    training = (*LIGHT, "optim.total_steps=50")
+    said = slurm.run(*recipe, "submit", "x.yaml", *size, *training, cwd=folder)
+    jobs = re.findall(r": job (\d+)", said)
     assert len(jobs) == 2, said
 
+    def states() -> list[str]:
+        found = json.loads(slurm.run(*recipe, "status", "x.yaml", "--json", *training, cwd=folder))
+        return [stage["state"] for stage in found]
+
     cluster.wait_for_steps(jobs[0], first, 5)
+    assert states() == ["running", "not started"]
+    refused = slurm.try_to(*recipe, "submit", "x.yaml", *size, *training, cwd=folder)
+    assert (refused.returncode, "a job is using" in refused.stderr) == (73, True)
     slurm.run("scancel", "--signal=USR1", jobs[0])  # to the tasks
     cluster.wait_for_requeue(jobs[0], restarts=1)
     assert slurm.job(jobs[1])["Reason"] == "Dependency"
     slurm.wait(jobs[0], "COMPLETED")
     assert [reason(life) for life in status(first)["lives"]] == ["SIGUSR1", ""]
     slurm.wait(jobs[1], "COMPLETED")
-    assert status(second)["state"] == "finished"
+    assert states() == ["finished", "finished"]
     assert f"starting from {first}" in cluster.log(jobs[1])
     assert "launch/finetune.py" in status(second)["lives"][0]["command"][0]
+
+
+def test_a_stage_that_fails_takes_those_that_wait_for_it_out_of_the_queue(cluster: Cluster) -> None:
+    slurm, folder = cluster.slurm, cluster.folder
+    (folder / "y.yaml").write_text("stages:\n  - {name: a, config: small.yaml}\n  - {name: b, config: small.yaml}\n")
+    size = ("--nodes", 2, "--gpus-per-node", 1, "--cpus-per-task", 1, "--site", folder / "site.sh")
+    words = (*LIGHT, "data.train=nowhere/*.tar")
+    said = slurm.run(sys.executable, "-m", "swinv2_scale", "recipe", "submit", "y.yaml", *size, *words, cwd=folder)
+    first, second = re.findall(r": job (\d+)", said)
+    assert slurm.wait(first, "FAILED")["ExitCode"] == "65:0", cluster.log(first)
+    assert slurm.wait(second, "CANCELLED")["Restarts"] == "0"
 
 
 def test_f16_a_time_limit_a_drained_node_and_a_cancelled_job_lose_nothing(cluster: Cluster, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from swinv2_scale.cli.main import main
 from swinv2_scale.data.shards.manifest import ShardEntry, write_manifest
 
 REPOSITORY = Path(__file__).parents[3]
-GIANT = str(REPOSITORY / "configs" / "simmim" / "simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml")
+GIANT = str(REPOSITORY / "configs" / "stages" / "giant" / "simmim_192w12.yaml")
 ASKED = ("--gpus", "64", "--nodes", "8", "--gpu-memory", "40GiB")
 
 

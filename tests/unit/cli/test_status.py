@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from swinv2_scale.cli.main import main
-from swinv2_scale.engine.checkpoint import manifest_text, name_of
+from swinv2_scale.engine.checkpoint import FileRecord, manifest_text, name_of
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.status import FRUITLESS_LIVES, read_status
 from tests.support.deadline import within
@@ -29,10 +29,19 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def save(run: Path, step: int) -> None:
+def save(run: Path, step: int, state: dict[str, Any] | None = None) -> None:
     path = run / "checkpoints" / name_of(step)
     path.mkdir()
-    (path / "manifest.json").write_text(manifest_text(step, 2, []))
+    records = []
+    if state is not None:
+        (path / "state.json").write_text(json.dumps(state))
+        records = [FileRecord("state.json", 1, "whether it is whole isn't asked")]
+    (path / "manifest.json").write_text(manifest_text(step, 2, records))
+
+
+def give_patience(run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("evaluation:\n", "evaluation:\n  patience: 2\n"))
 
 
 def train(run: Path, *steps: int) -> None:
@@ -81,6 +90,25 @@ def test_a_run_is_finished_when_its_last_step_is_saved_however_its_life_ended(ru
     live(run, "a")
     save(run, TOTAL)
     assert judged(run) == ("finished", 0)
+
+
+@pytest.mark.parametrize(("since_best", "expected"), [(2, "finished"), (1, "killed"), ("2", "killed")])
+def test_a_run_whose_patience_is_used_up_is_finished(run: Path, since_best: object, expected: str) -> None:
+    give_patience(run)
+    live(run, "a")
+    save(run, 10, {"config": {}, "validations_since_best": since_best})
+    assert judged(run)[0] == expected
+
+
+def test_a_state_that_is_a_pipe_is_not_waited_for(run: Path) -> None:
+    give_patience(run)
+    live(run, "a")
+    save(run, 10, {"config": {}})
+    state = run / "checkpoints" / name_of(10) / "state.json"
+    state.unlink()
+    os.mkfifo(state)
+    with within(10):
+        assert judged(run)[0] == "killed"
 
 
 def test_an_empty_folder_is_a_run_that_has_not_begun(tmp_path: Path) -> None:

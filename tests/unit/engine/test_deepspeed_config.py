@@ -13,7 +13,7 @@ from swinv2_scale.plan.batch import accumulation_steps
 from tests.support.processes import REPOSITORY
 from tests.support.small_run import write_config
 
-GIANT = REPOSITORY / "configs" / "simmim" / "simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml"
+GIANT = REPOSITORY / "configs" / "stages" / "giant" / "simmim_192w12.yaml"
 
 
 def test_the_giant_stage_on_512_gpus_is_sent_as_this() -> None:

@@ -56,8 +56,8 @@ KEPT = 0.1
 #: Peaks depend on the order in which torch frees and makes temporary tensors. Found: -9 to +11 %.
 PEAK = 0.15
 
-GIANT = "simmim/simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml"
-BASE = "simmim/simmim_pretrain__swinv2_base__img192_window12__800ep.yaml"
+GIANT = "stages/giant/simmim_192w12.yaml"
+BASE = "stages/base/simmim_192w12.yaml"
 
 
 def measured(config: RunConfig, device: str) -> tuple[int, int]:

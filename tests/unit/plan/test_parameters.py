@@ -53,7 +53,7 @@ def test_so_is_every_parameter_of_odd_models(overrides):
 
 
 def test_simmim_of_giant_has_its_three_billion_and_the_pixel_head():
-    path = CONFIGS / "simmim" / "simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml"
+    path = CONFIGS / "stages" / "giant" / "simmim_192w12.yaml"
     numbers = sum(math.prod(shape) for shape in run_parameters(load_config(path).config).values())
     # A mask token of 512, and a Linear from 4096 to 32 x 32 pixels of three channels.
     assert numbers == 2_997_843_680 + 512 + (4096 + 1) * 32 * 32 * 3

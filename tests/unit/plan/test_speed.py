@@ -18,9 +18,9 @@ from swinv2_scale.plan.speed import exchange_s, forward_flops, recomputed_flops,
 from swinv2_scale.plan.traffic import Collective
 
 REPOSITORY = Path(__file__).parents[3]
-SIMMIM = REPOSITORY / "configs" / "simmim"
-GIANT = load_config(SIMMIM / "simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml").config
-BASE = load_config(SIMMIM / "simmim_pretrain__swinv2_base__img192_window12__800ep.yaml").config
+STAGES = REPOSITORY / "configs" / "stages"
+GIANT = load_config(STAGES / "giant" / "simmim_192w12.yaml").config
+BASE = load_config(STAGES / "base" / "simmim_192w12.yaml").config
 A100 = DEVICES["a100"]
 NO_CHECKPOINTING = {"engine.activation_checkpointing.backend": "none"}
 
