@@ -14,6 +14,7 @@ from swinv2_scale.config.model import NonNegativeFloat, NonNegativeInt, Positive
 DEFAULT_TASK = "simmim"
 Share = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["bilinear", "bicubic"]
+CropMode = Literal["center", "squash"]
 
 
 class SimMIMConfig(Section):
@@ -93,7 +94,7 @@ class ClassificationConfig(Section):
     #: Evaluation sees the central square, this share of its sides (``center``), or the whole image, its shape changed
     #: (``squash``, as the released models of 384 px are evaluated).
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
-    crop_mode: Literal["center", "squash"] = "center"
+    crop_mode: CropMode = "center"
     #: The head of ``init_from``: ``auto`` keeps one of the same size and starts a new one otherwise, ``keep`` insists.
     init_head: Literal["auto", "keep", "new"] = "auto"
     #: For a head of other classes: a text file that says for each of ours which of the file's it is (map22kto1k.txt).
