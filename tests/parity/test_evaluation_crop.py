@@ -1,6 +1,8 @@
-"""The images of an evaluation, compared with torchvision's transforms as the released code puts them together."""
+"""The images and the order of labels of an evaluation, compared with torchvision's and timm's."""
 
 from __future__ import annotations
+
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from swinv2_scale.config.tasks import CropMode
 from swinv2_scale.data.images.resize import channels_first
 from swinv2_scale.data.images.transforms import evaluation_crop
+from swinv2_scale.data.sources.imagenet import imagenet_1k_wnids
 from tests.support.pictures import encoded, noise, npy, opened
 
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
@@ -72,3 +75,7 @@ def test_other_pixel_types_have_the_same_boxes(dtype: type, crop_mode: CropMode)
         wanted = np.rint(wanted).clip(0, 65535).astype(np.uint16)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found[0], wanted)
+
+
+def test_imagenets_classes_are_timms_in_the_same_order() -> None:
+    assert (files("timm.data") / "_info" / "imagenet_synsets.txt").read_text().split() == imagenet_1k_wnids()
