@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, Tag
 
@@ -15,6 +15,14 @@ DEFAULT_TASK = "simmim"
 Share = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["bilinear", "bicubic"]
 CropMode = Literal["center", "squash"]
+
+
+class CropRule(NamedTuple):
+    """What of an image a classifier is shown; the arguments of evaluation_crop() in data/images/transforms.py."""
+
+    crop_pct: float = 0.875
+    crop_mode: CropMode = "center"
+    interpolation: Interpolation = "bicubic"
 
 
 class SimMIMConfig(Section):
@@ -103,6 +111,11 @@ class ClassificationConfig(Section):
     head_init_std: NonNegativeFloat = 0.02
     #: The file that names the classes, one a line in the order of labels; None: as the shards' manifest names them.
     class_names: str | None = None
+
+    @property
+    def crop(self) -> CropRule:
+        """Of an evaluation."""
+        return CropRule(self.crop_pct, self.crop_mode, self.interpolation)
 
     @property
     def is_mixed(self) -> bool:
