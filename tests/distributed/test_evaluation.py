@@ -117,7 +117,7 @@ def others(folder: Path) -> Path:
         ("seven.safetensors", [], 65, "has a head of 7 classes, model.num_classes is 10"),
         ("deeper.safetensors", [], 65, "depths [1, 2]"),
         ("simmim.safetensors", [], 65, "swinv2-scale probe"),
-        ("weights.safetensors", ["task={name: simmim, mask_patch_size: 4}"], 78, "is a stage of simmim"),
+        ("weights.safetensors", ["task.name=simmim", "task.mask_patch_size=4"], 78, "is a stage of simmim"),
         ("weights.safetensors", ["data.validation=null"], 78, "has no data.validation"),
         ("weights.safetensors", ["--best"], 78, "--best is for runs and checkpoints"),
         ("weights.safetensors", ["--average"], 78, "--average is for runs and checkpoints"),
@@ -150,7 +150,7 @@ def write(folder: Path, name: str, labels: list[str], **schema: object) -> str:
     ("name", "labels", "schema", "said"),
     [
         ("too-large", ["3", "10"], {}, "10"),
-        ("negative", ["3", "-1"], {}, "-1"),
+        ("negative", ["3", "-1"], {}, "whole number"),
         ("several", ["3", '{"label": [1, 2]}'], {}, "one whole number"),
         ("words", ["3", "cat"], {}, "one whole number"),
         ("twelve", ["3"], {"classes": [f"class {n}" for n in range(12)]}, "12 classes"),

@@ -57,14 +57,10 @@ def random_resized_crop(
     return picture.resized(crop_box(picture.width, picture.height, scale, ratio, numbers), size, interpolation)
 
 
-def central_resized_crop(picture: Picture, size: Size, interpolation: str, share: float = 1.0) -> NDArray[Any]:
-    """The largest central box of the target's shape, resized to ``size`` (height, width), as (C, H, W).
-
-    Args:
-        share: of that box's sides, to cut its border off.
-    """
+def central_resized_crop(picture: Picture, size: Size, interpolation: str) -> NDArray[Any]:
+    """The largest central box of the target's shape, resized to ``size`` (height, width), as (C, H, W)."""
     aspect = size[1] / size[0]
-    w, h = share * min(picture.width, picture.height * aspect), share * min(picture.height, picture.width / aspect)
+    w, h = min(picture.width, picture.height * aspect), min(picture.height, picture.width / aspect)
     left, top = (picture.width - w) / 2, (picture.height - h) / 2
     return picture.resized((left, top, left + w, top + h), size, interpolation)
 
