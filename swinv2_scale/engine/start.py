@@ -28,15 +28,18 @@ _WINDOWS = ("model", "pretrained_window_sizes")
 _OTHER = "use another checkpoint of the run, or the version that wrote it"
 
 
-def open_source(path: Path) -> Weights:
+def open_source(path: Path, kind: str = "master") -> Weights:
     """Weights of any format, and of our runs and checkpoints (of any number of processes).
+
+    Args:
+        kind: of checkpoints, see consolidated().
 
     Raises:
         WeightsError: not weights of a Swin V2.
         CheckpointError: a run without a whole checkpoint.
     """
     if is_run_or_checkpoint(path):
-        return consolidated(checkpoint.open_run_or_checkpoint(path))
+        return consolidated(checkpoint.open_run_or_checkpoint(path), kind)
     return open_weights(path)
 
 
