@@ -68,7 +68,7 @@ class FrozenModel:
         load_into(self._model, weights)
         self._model.to(dist.device())
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what is fitted to its tensors needs gradients
     def features(self, pattern: str, shards_dir: Path, num_workers: int, show: Callable[[int, int], None]) -> Features:
         """Of all samples of shards, in their order.
 
