@@ -15,7 +15,7 @@ from swinv2_scale.data.loader import Batch, MakeSample, PositionDataset, Share, 
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote
 from swinv2_scale.data.remote.pipe import PIPE_PREFIX, pipe_command
-from swinv2_scale.data.shards.labels import check_labels, read_class_names, read_labels
+from swinv2_scale.data.shards.labels import Labels, check_labels, read_class_names, read_labels
 from swinv2_scale.data.shards.reader import ShardReader
 from swinv2_scale.data.shards.shard_set import FileProblem, ShardSet, raise_file_problems, read_shard_set
 from swinv2_scale.data.sources.embedded import EMBEDDED_PREFIX, embedded_shards
@@ -131,7 +131,8 @@ def open_inputs(config: RunConfig) -> Inputs:
             f"{config.data.global_batch_size}",
             "add shards or make the global batch smaller",
         )
-    labels = _names_of_classes(config, _check_labels(config, remote, train, "data.train"))
+    trained = _check_labels(config, remote, train, "data.train")
+    labels = _names_of_classes(config, trained.names)
     if config.data.validation is None:
         return Inputs(config, remote, train, None, labels)
     validation = _open_validation(config, remote, config.data.validation)
@@ -140,25 +141,27 @@ def open_inputs(config: RunConfig) -> Inputs:
         name = next(name for name, entry in zip(train.locations, train.entries, strict=True) if entry.sha256 in both)
         raise DataError(f"{name} is in data.train and in data.validation", "hold some shards back")
     held_back = _check_labels(config, remote, validation, "data.validation")
-    if held_back and labels and held_back != labels and not _class_names_file(config):
+    # Not by their names in words: ImageNet-1K has some, ImageNet-V2 doesn't.
+    is_other = bool(held_back.classes and trained.classes and held_back.classes != trained.classes)
+    if is_other and not _class_names_file(config):
         raise DataError(
-            f"data.train and data.validation name different classes: {', '.join(labels[:3])}, .. and "
-            f"{', '.join(held_back[:3])}, ..",
+            f"data.train and data.validation name different classes: {', '.join(trained.classes[:3])}, .. and "
+            f"{', '.join(held_back.classes[:3])}, ..",
             "their labels would mean different things: write both from one list of classes, or name the classes "
             "yourself with task.class_names",
         )
-    return Inputs(config, remote, train, validation, labels or held_back)
+    return Inputs(config, remote, train, validation, labels or held_back.names)
 
 
-def _check_labels(config: RunConfig, remote: RemoteFiles, shards: ShardSet, use: str) -> tuple[str, ...]:
-    """The names of the classes in shards, if they are for a task that has classes."""
+def _check_labels(config: RunConfig, remote: RemoteFiles, shards: ShardSet, use: str) -> Labels:
+    """What is known of the classes in shards, if they are for a task that has classes."""
     if not isinstance(config.task, ClassificationConfig):
-        return ()
+        return Labels((), None)
 
-    def check() -> tuple[str, ...]:
+    def check() -> Labels:
         labels = read_labels(shards, remote)
         check_labels(labels, shards.num_samples, config.model.num_classes, use)
-        return labels.names
+        return labels
 
     return dist.on_rank_zero(check, f"looking at the labels of {use}")
 
@@ -182,7 +185,7 @@ def open_held_back(config: RunConfig, pattern: ShardPattern) -> Inputs:
     """
     remote = _open_remote(config)
     validation = _open_validation(config, remote, pattern)
-    labels = _names_of_classes(config, _check_labels(config, remote, validation, "data.validation"))
+    labels = _names_of_classes(config, _check_labels(config, remote, validation, "data.validation").names)
     return Inputs(config, remote, validation, validation, labels)
 
 
