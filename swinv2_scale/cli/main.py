@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from swinv2_scale.cli import checkpoint, config, doctor, launch, models, plan, recipe, shards, status, submit
+from swinv2_scale.cli import checkpoint, config, doctor, launch, models, plan, probe, recipe, shards, status, submit
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
@@ -20,6 +20,7 @@ def make_parser() -> ArgumentParser:
     plan.add_commands(commands)
     shards.add_commands(commands)
     models.add_commands(commands)
+    probe.add_commands(commands)
     checkpoint.add_commands(commands)
     doctor.add_commands(commands)
     status.add_commands(commands)

@@ -138,7 +138,7 @@ def _row(variant: str, image_size: int, window_size: int) -> dict[str, Any]:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    _write(_open(arguments.source), arguments)
+    _write(open_any(arguments.source), arguments)
 
 
 def export_run(arguments: argparse.Namespace) -> None:
@@ -154,7 +154,7 @@ def _write(weights: Weights, arguments: argparse.Namespace) -> None:
     from swinv2_scale.weights.names import FORMAT_NAMES
     from swinv2_scale.weights.write import write_weights
 
-    fields = _model_fields(arguments.fields)
+    fields = model_fields(arguments.fields)
     print(printable(f"{weights.where}: {FORMAT_NAMES[weights.style]}'s format, {describe(weights.model_fields)}"))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("writing", total=len(weights.metas))
@@ -178,7 +178,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     from swinv2_scale.tasks.prediction import Classifier, draw_predictions, find_images
 
     paths = find_images(arguments.images)
-    classifier = Classifier(_open(arguments.weights), arguments.labels, **_model_fields(arguments.fields))
+    classifier = Classifier(open_any(arguments.weights), arguments.labels, **model_fields(arguments.fields))
     found = []
     for path in paths:
         prediction = classifier.predict(path, arguments.top_k)
@@ -194,19 +194,22 @@ def _predict(arguments: argparse.Namespace) -> None:
         print(f"picture: {arguments.picture}")
 
 
-def _open(path: Path) -> Weights:
+def open_any(path: Path, kind: str = "master") -> Weights:
+    """Weights of any format, and of runs and checkpoints: their masters, or their average (``ema``)."""
     from swinv2_scale.engine.run_dir import is_run_or_checkpoint
 
     if is_run_or_checkpoint(path):
         from swinv2_scale.engine.start import open_source  # takes DeepSpeed's seconds to import
 
-        return open_source(path)
+        return open_source(path, kind)
+    if kind != "master":
+        raise ConfigError(f"{path} is no run and no checkpoint: it holds one set of weights", "leave out --ema")
     from swinv2_scale.weights.read import open_weights
 
     return open_weights(path)
 
 
-def _model_fields(words: list[str]) -> dict[str, Any]:
+def model_fields(words: list[str]) -> dict[str, Any]:
     """``image_size=256 window_size=8`` as fields of ModelConfig."""
     settings = Settings()
     apply_overrides(settings, words)

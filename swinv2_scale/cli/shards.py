@@ -22,7 +22,8 @@ _LAYOUTS = """\
 layouts, as their owners publish them (SRC is the folder they were unpacked to, or the one above it):
   imagefolder  CLASS/**/IMAGE, classes numbered by name as torchvision does; or just images, without labels
   imagenet     train/nXXXXXXXX/*.JPEG, val/ flat with ILSVRC2012_devkit_t12/ or in folders; Kaggle's ILSVRC/Data/;
-               ImageNet-22K; ImageNet-V2's folders 0 to 999
+               ImageNet-22K
+  imagenet-v2  imagenetv2-*-format-val/ with folders 0 to 999, which are the labels; the classes are ImageNet-1K's
   coco         {train,val}2017/ and annotations/instances_{train,val}2017.json
   ade20k       ADEChallengeData2016/{images,annotations}/{training,validation}/
   kinetics     {train,val}/**/ID_START_END.mp4 and annotations/{train,val}.csv, as the CVDF distributes them
@@ -62,7 +63,7 @@ def _add_write_arguments(write: argparse.ArgumentParser) -> None:
     add("source", type=Path, metavar="SRC")
     add("destination", type=Path, metavar="DST", help="a folder that isn't there yet")
     # The names are those of swinv2_scale.data.sources.choice; importing it would import numpy.
-    layouts = ("imagefolder", "imagenet", "coco", "ade20k", "kinetics", "csv")
+    layouts = ("imagefolder", "imagenet", "imagenet-v2", "coco", "ade20k", "kinetics", "csv")
     add(
         "--from", dest="layout", choices=layouts, default="imagefolder", help="the layout of SRC (default: %(default)s)"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, Tag
 
@@ -14,6 +14,15 @@ from swinv2_scale.config.model import NonNegativeFloat, NonNegativeInt, Positive
 DEFAULT_TASK = "simmim"
 Share = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["bilinear", "bicubic"]
+CropMode = Literal["center", "squash"]
+
+
+class CropRule(NamedTuple):
+    """What of an image a classifier is shown; the arguments of evaluation_crop() in data/images/transforms.py."""
+
+    crop_pct: float = 0.875
+    crop_mode: CropMode = "center"
+    interpolation: Interpolation = "bicubic"
 
 
 class SimMIMConfig(Section):
@@ -93,7 +102,7 @@ class ClassificationConfig(Section):
     #: Evaluation sees the central square, this share of its sides (``center``), or the whole image, its shape changed
     #: (``squash``, as the released models of 384 px are evaluated).
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
-    crop_mode: Literal["center", "squash"] = "center"
+    crop_mode: CropMode = "center"
     #: The head of ``init_from``: ``auto`` keeps one of the same size and starts a new one otherwise, ``keep`` insists.
     init_head: Literal["auto", "keep", "new"] = "auto"
     #: For a head of other classes: a text file that says for each of ours which of the file's it is (map22kto1k.txt).
@@ -102,6 +111,11 @@ class ClassificationConfig(Section):
     head_init_std: NonNegativeFloat = 0.02
     #: The file that names the classes, one a line in the order of labels; None: as the shards' manifest names them.
     class_names: str | None = None
+
+    @property
+    def crop(self) -> CropRule:
+        """Of an evaluation."""
+        return CropRule(self.crop_pct, self.crop_mode, self.interpolation)
 
     @property
     def is_mixed(self) -> bool:

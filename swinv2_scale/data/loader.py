@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,12 +155,23 @@ class Share:
                 f"samples that make a step, and one more, take {(held + 1) * batch_bytes:,}",
                 "raise data.prefetch_bytes, or lower data.global_batch_size",
             )
-        if not self.num_workers:
-            return 0, 0
-        workers = min(self.num_workers, fitting)
+        workers, prefetch = self._dealt(fitting)
         if workers < self.num_workers:
             log().warning("data.prefetch_bytes lets %d of %d loader workers run", workers, self.num_workers)
-        return workers, min(self.prefetch_batches, fitting // workers)
+        return workers, prefetch
+
+    def beside_training(self, num_batches: int) -> tuple[int, int]:
+        """The same for an evaluation of so many batches, while those of the training wait on; no workers where there
+        is no room for one."""
+        fitting = self.prefetch_bytes // (self.micro_batch_size * self.sample_bytes)
+        held = self.global_batch_size // (self.micro_batch_size * self.world_size)
+        workers, prefetch = self._dealt(fitting - held)
+        # Nothing of a step is held meanwhile, but one batch of the evaluation; for a single one nobody need be started.
+        return self._dealt(min(fitting - workers * prefetch - 1, num_batches)) if num_batches > 1 else (0, 0)
+
+    def _dealt(self, fitting: int) -> tuple[int, int]:
+        workers = max(min(self.num_workers, fitting), 0)
+        return workers, min(self.prefetch_batches, fitting // workers) if workers else 0
 
 
 def training_batches(dataset: PositionDataset, share: Share, start_step: int, end_step: int) -> Generator[Batch]:
@@ -177,24 +189,30 @@ def training_batches(dataset: PositionDataset, share: Share, start_step: int, en
     return _batches(dataset, positions, collate, workers, prefetch)
 
 
-def evaluation_batches(dataset: PositionDataset, share: Share, num_samples: int) -> Iterator[Batch]:
+def evaluation_batches(dataset: PositionDataset, share: Share, num_samples: int) -> Generator[Batch]:
     """The first ``num_samples`` positions dealt over the ranks, with the same random numbers every time.
 
     Every rank gets the same number of batches of one size; what is missing at the end is filled with repeats whose
     ``weight`` is 0, so that ranks stay in step and no sample counts twice. Samples in quarantine have weight 0 too.
+    Close the iterator when an error ends the evaluation early: its workers ignore signals.
+
+    Raises:
+        ScaleError: when a sample can't be read, at the batch that needed it.
     """
     stride = share.micro_batch_size * share.world_size
     rounds = -(-num_samples // stride)
     starts = [r * stride + share.rank * share.micro_batch_size for r in range(rounds)]
     wanted = [range(start, start + share.micro_batch_size) for start in starts]
     wrapped = [[position % num_samples for position in positions] for positions in wanted]
-    for positions, batch in zip(wanted, _batches(dataset, wrapped, _Collate(dataset.order, None), 0, 0), strict=True):
-        lost = {damaged.position for damaged in batch.quarantined}
-        # Repeats at the end don't count again.
-        batch.quarantined = tuple({q.position: q for q in batch.quarantined if q.position in positions}.values())
-        counts = [position < num_samples and position not in lost for position in positions]
-        batch.arrays["weight"] = torch.tensor(counts, dtype=torch.float32)
-        yield batch
+    collate = _Collate(dataset.order, None)
+    with closing(_batches(dataset, wrapped, collate, *share.beside_training(rounds))) as batches:
+        for positions, batch in zip(wanted, batches, strict=True):
+            lost = {damaged.position for damaged in batch.quarantined}
+            # Repeats at the end don't count again.
+            batch.quarantined = tuple({q.position: q for q in batch.quarantined if q.position in positions}.values())
+            counts = [position < num_samples and position not in lost for position in positions]
+            batch.arrays["weight"] = torch.tensor(counts, dtype=torch.float32)
+            yield batch
 
 
 @dataclass(frozen=True)

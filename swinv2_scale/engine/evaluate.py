@@ -47,6 +47,7 @@ def evaluate(
     """Metrics over the validation samples, each counted once, and those that were left out.
 
     Args:
+        engine: or the task's model itself, on the device of this process.
         batches: this rank's batches; all ranks get the same number of them, one at least.
         metric: what is judged by: the loss, or a share that should be large.
 
@@ -57,7 +58,7 @@ def evaluate(
     lost: list[Quarantined] = []
     with _evaluating(engine):
         while (batch := dist.all_agree(lambda: next(batches, None), "reading validation samples")) is not None:
-            found = task.evaluation_sums(engine, batch.to(engine.device))
+            found = task.evaluation_sums(engine, batch.to(dist.device()))
             sums = found if sums is None else sums + found
             lost += batch.quarantined
     assert sums is not None
@@ -70,7 +71,7 @@ def evaluate(
 def panel(engine: Any, task: Task, batch: Batch, title: str) -> Image:
     """The task's picture of one batch; every rank takes part with the same batch."""
     with _evaluating(engine):
-        return task.panel(engine, batch.to(engine.device), title)
+        return task.panel(engine, batch.to(dist.device()), title)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from swinv2_scale.data.loader import Batch, MakeSample, PositionDataset, Share, 
 from swinv2_scale.data.order import Order
 from swinv2_scale.data.remote.files import RemoteFiles, is_remote
 from swinv2_scale.data.remote.pipe import PIPE_PREFIX, pipe_command
-from swinv2_scale.data.shards.labels import check_labels, read_class_names, read_labels
+from swinv2_scale.data.shards.labels import Labels, check_labels, read_class_names, read_labels
 from swinv2_scale.data.shards.reader import ShardReader
 from swinv2_scale.data.shards.shard_set import FileProblem, ShardSet, raise_file_problems, read_shard_set
 from swinv2_scale.data.sources.embedded import EMBEDDED_PREFIX, embedded_shards
@@ -59,8 +59,8 @@ class Inputs:
         share = self._share(task, self.config.data.micro_batch_size, dist.rank(), dist.world_size())
         return training_batches(dataset, share, first, first + num_steps)
 
-    def held_back(self, task: Task) -> Iterator[Batch]:
-        """This rank's share of the validation samples, the same ones every time."""
+    def held_back(self, task: Task) -> Generator[Batch]:
+        """This rank's share of the validation samples, the same ones every time; to be closed."""
         share = self._share(task, self.config.data.micro_batch_size, dist.rank(), dist.world_size())
         return self._evaluation(task, self.num_held_back, share)
 
@@ -89,7 +89,7 @@ class Inputs:
                 "swinv2-scale shards verify lists all of them",
             ).shared()
 
-    def _evaluation(self, task: Task, num_samples: int, share: Share) -> Iterator[Batch]:
+    def _evaluation(self, task: Task, num_samples: int, share: Share) -> Generator[Batch]:
         assert self.validation is not None
         order = Order.of(self.validation.sizes, self.config.seed, shuffle=False, shuffle_shards=1)
         dataset = self._dataset(self.validation, order, task.evaluation_sample, "evaluation")
@@ -123,10 +123,7 @@ def open_inputs(config: RunConfig) -> Inputs:
         OutputError: embedded shards can't be written.
         ConfigError: the cache can't hold a block of each reader.
     """
-    num_readers = dist.local_world_size() * (config.data.num_workers + 1)
-    remote = dist.all_agree(
-        lambda: RemoteFiles(config.data.remote, num_readers=num_readers), "looking at the cache's size"
-    )
+    remote = _open_remote(config)
     train = _open_shard_set(config, remote, config.data.train, "training", config.data.train_weights is not None)
     if train.num_samples < config.data.global_batch_size:
         raise DataError(
@@ -134,36 +131,37 @@ def open_inputs(config: RunConfig) -> Inputs:
             f"{config.data.global_batch_size}",
             "add shards or make the global batch smaller",
         )
-    labels = _names_of_classes(config, _check_labels(config, remote, train, "data.train"))
+    trained = _check_labels(config, remote, train, "data.train")
+    labels = _names_of_classes(config, trained.names)
     if config.data.validation is None:
         return Inputs(config, remote, train, None, labels)
-    validation = _open_shard_set(config, remote, config.data.validation, "validation", is_mixture=False)
-    if not validation.num_samples:
-        raise DataError("data.validation has no samples", "name shards that have some, or leave the key out")
+    validation = _open_validation(config, remote, config.data.validation)
     both = {entry.sha256 for entry in train.entries} & {entry.sha256 for entry in validation.entries}
     if both:
         name = next(name for name, entry in zip(train.locations, train.entries, strict=True) if entry.sha256 in both)
         raise DataError(f"{name} is in data.train and in data.validation", "hold some shards back")
     held_back = _check_labels(config, remote, validation, "data.validation")
-    if held_back and labels and held_back != labels and not _class_names_file(config):
+    # Not by their names in words: ImageNet-1K has some, ImageNet-V2 doesn't.
+    is_other = bool(held_back.classes and trained.classes and held_back.classes != trained.classes)
+    if is_other and not _class_names_file(config):
         raise DataError(
-            f"data.train and data.validation name different classes: {', '.join(labels[:3])}, .. and "
-            f"{', '.join(held_back[:3])}, ..",
+            f"data.train and data.validation name different classes: {', '.join(trained.classes[:3])}, .. and "
+            f"{', '.join(held_back.classes[:3])}, ..",
             "their labels would mean different things: write both from one list of classes, or name the classes "
             "yourself with task.class_names",
         )
-    return Inputs(config, remote, train, validation, labels or held_back)
+    return Inputs(config, remote, train, validation, labels or held_back.names)
 
 
-def _check_labels(config: RunConfig, remote: RemoteFiles, shards: ShardSet, use: str) -> tuple[str, ...]:
-    """The names of the classes in shards, if they are for a task that has classes."""
+def _check_labels(config: RunConfig, remote: RemoteFiles, shards: ShardSet, use: str) -> Labels:
+    """What is known of the classes in shards, if they are for a task that has classes."""
     if not isinstance(config.task, ClassificationConfig):
-        return ()
+        return Labels((), None)
 
-    def check() -> tuple[str, ...]:
+    def check() -> Labels:
         labels = read_labels(shards, remote)
         check_labels(labels, shards.num_samples, config.model.num_classes, use)
-        return labels.names
+        return labels
 
     return dist.on_rank_zero(check, f"looking at the labels of {use}")
 
@@ -177,6 +175,32 @@ def _names_of_classes(config: RunConfig, known: tuple[str, ...]) -> tuple[str, .
     if path is None:
         return known
     return dist.on_rank_zero(lambda: read_class_names(Path(path), config.model.num_classes), "reading the class names")
+
+
+def open_held_back(config: RunConfig, pattern: ShardPattern) -> Inputs:
+    """The validation samples alone, for an evaluation: they stand for the training's too, which nobody reads.
+
+    Raises:
+        DataError: on every rank: no shards, damaged ones, or other classes than the model's.
+    """
+    remote = _open_remote(config)
+    validation = _open_validation(config, remote, pattern)
+    labels = _names_of_classes(config, _check_labels(config, remote, validation, "data.validation").names)
+    return Inputs(config, remote, validation, validation, labels)
+
+
+def _open_remote(config: RunConfig) -> RemoteFiles:
+    num_readers = dist.local_world_size() * (config.data.num_workers + 1)
+    return dist.all_agree(
+        lambda: RemoteFiles(config.data.remote, num_readers=num_readers), "looking at the cache's size"
+    )
+
+
+def _open_validation(config: RunConfig, remote: RemoteFiles, pattern: ShardPattern) -> ShardSet:
+    validation = _open_shard_set(config, remote, pattern, "validation", is_mixture=False)
+    if not validation.num_samples:
+        raise DataError("data.validation has no samples", "name shards that have some, or leave the key out")
+    return validation
 
 
 def _open_shard_set(

@@ -83,7 +83,7 @@ def run_job(loaded: LoadedConfig, options: JobOptions) -> ExitCode:
         dist.start(cluster.timeout_s)
         with dist.peers_may_be_lost("training", watchdog.who_is_missing):
             watchdog.start()
-            _check_ranks_agree(loaded.config, options)
+            check_ranks_agree(loaded.config, options)
             code = _run(loaded, options, directory, stop_request, watchdog)
             dist.barrier()
         record_end(code, (stop_request.reason or "") if code == ExitCode.STOPPED else "")
@@ -238,9 +238,10 @@ class _BetweenSteps:
         return state
 
     def validate(self, step: int, with_picture: bool) -> evaluate.Validation:
-        batches = self.watchdog.each(self.inputs.held_back(self.task), "validating", step)
         metric = self.inputs.config.evaluation.metric
-        found, lost = evaluate.evaluate(self.engine, self.task, batches, metric)
+        with contextlib.closing(self.inputs.held_back(self.task)) as held_back:
+            batches = self.watchdog.each(held_back, "validating", step)
+            found, lost = evaluate.evaluate(self.engine, self.task, batches, metric)
         dist.all_agree(lambda: self._list(lost, step, "validation"), "writing the quarantine list")
         self.inputs.check_held_back(lost)
         if with_picture:
@@ -297,9 +298,9 @@ def check_cluster(cluster: ClusterConfig, place: Place, launcher: list[Process])
         raise ClusterError(problem, "check the hostfile's path and contents (DeepSpeed goes on without it), or the key")
 
 
-def _check_ranks_agree(config: RunConfig, options: JobOptions) -> None:
+def check_ranks_agree(config: RunConfig, options: object) -> None:
     """Every rank reads its own copy of the configuration; a stale one would train a part of the weights differently."""
-    mine = json.dumps([plain(config), str(options.run_dir), options.last_step, options.resume, versions()])
+    mine = json.dumps([plain(config), repr(options), versions()])
     others = dist.ranks_unlike_zero(mine)
     if others:
         raise ConfigError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import RunConfig
-from swinv2_scale.config.tasks import ClassificationConfig
+from swinv2_scale.config.tasks import ClassificationConfig, CropRule
 from swinv2_scale.engine import checkpoint, zero
 from swinv2_scale.engine.consolidate import SavedTensors
 from swinv2_scale.engine.run_dir import is_run_or_checkpoint
@@ -21,21 +21,25 @@ from swinv2_scale.models.initialise import INITIAL_STD, initial_values
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import log
 from swinv2_scale.weights.api import BACKBONE, Loading, plan_loading
-from swinv2_scale.weights.facts import Facts, native_fields
+from swinv2_scale.weights.facts import Facts, crop_rule, native_fields
 from swinv2_scale.weights.read import Weights, open_weights
 
 _WINDOWS = ("model", "pretrained_window_sizes")
+_OTHER = "use another checkpoint of the run, or the version that wrote it"
 
 
-def open_source(path: Path) -> Weights:
+def open_source(path: Path, kind: str = "master") -> Weights:
     """Weights of any format, and of our runs and checkpoints (of any number of processes).
+
+    Args:
+        kind: of checkpoints, see consolidated().
 
     Raises:
         WeightsError: not weights of a Swin V2.
         CheckpointError: a run without a whole checkpoint.
     """
     if is_run_or_checkpoint(path):
-        return consolidated(checkpoint.open_run_or_checkpoint(path))
+        return consolidated(checkpoint.open_run_or_checkpoint(path), kind)
     return open_weights(path)
 
 
@@ -48,24 +52,39 @@ def consolidated(found: checkpoint.Checkpoint, kind: str = "master") -> Weights:
     masters = SavedTensors(found)
     if kind not in masters.kinds:
         raise CheckpointError(f"{found.path} holds no average of the weights", "set optim.ema_decay in the run")
-    state = checkpoint.read_state(found)
-    config, labels = state["config"], state.get("labels") or ()
-    flat = {tuple(key.split(".")): value for key, value in config.items()}
-    model = {path[1]: value for path, value in flat.items() if path[0] == "model" and len(path) == 2}
     names = {name.removeprefix(BACKBONE): name for name in masters.shapes}
     return Weights(
         where=str(found.path),
         style="native",
-        facts=Facts(
-            native_fields(model),
-            pixel_mean=tuple(flat["data", "pixel_mean"]),
-            pixel_std=tuple(flat["data", "pixel_std"]),
-            labels=tuple(map(str, labels)) or None,
-        ),
+        facts=_facts(found),
         metas={ours: torch.empty(masters.shapes[name], device="meta") for ours, name in names.items()},
         tensor=lambda ours: masters.tensor(names[ours], kind),
         dropped={},
     )
+
+
+def _facts(found: checkpoint.Checkpoint) -> Facts:
+    """What a checkpoint says of its model beside the weights.
+
+    Raises:
+        CheckpointError: it isn't what ours say.
+    """
+    state = checkpoint.read_state(found)
+    config, labels = state["config"], state.get("labels", [])
+    model = {key.removeprefix("model."): value for key, value in config.items() if key.startswith("model.")}
+    crop = [config.get(f"task.{key}") for key in CropRule._fields]
+    try:
+        if not all(isinstance(name, str) for name in labels):
+            raise ValueError("its class names are no texts")
+        return Facts(
+            native_fields({key: value for key, value in model.items() if "." not in key}),
+            tuple(config["data.pixel_mean"]),
+            tuple(config["data.pixel_std"]),
+            tuple(labels) if len(labels) == model["num_classes"] else None,
+            crop_rule(*crop) if config.get("task.name") == "classification" else None,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{found.path} doesn't say what its model is: {error!r}", _OTHER) from None
 
 
 def settle(loaded: LoadedConfig, make_task: Callable[[RunConfig], Task]) -> tuple[LoadedConfig, Loading | None]:

@@ -22,7 +22,7 @@ from swinv2_scale.data.images.decode import decode_class, evaluation_format, ope
 from swinv2_scale.data.images.erasing import draw_boxes, erase
 from swinv2_scale.data.images.mixing import draw_mixing, mix, soft_targets
 from swinv2_scale.data.images.resize import mirrored
-from swinv2_scale.data.images.transforms import central_resized_crop, normalised, random_resized_crop
+from swinv2_scale.data.images.transforms import evaluation_crop, normalised, random_resized_crop
 from swinv2_scale.data.loader import Batch, Sample
 from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.draws import Draw
@@ -141,8 +141,7 @@ class ClassificationTask:
 
     def evaluation_sample(self, record: Record, draw: Draw) -> Sample:
         picture = open_image(record, self._evaluation_format)
-        pixels = central_resized_crop(picture, self._size, self.task.interpolation, self.task.crop_pct)
-        return self._sample(record, pixels)
+        return self._sample(record, evaluation_crop(picture, self._size, *self.task.crop))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         arrays = batch.arrays
@@ -156,6 +155,9 @@ class ClassificationTask:
         labels, weights = batch.arrays["labels"], batch.arrays["weight"].double()
         logits = model(batch.arrays["images"])
         losses = F.cross_entropy(logits, labels, reduction="none").double()
+        # Multiples of 2^-24 (as float32 losses from 0.5 on are) add up without rounding to 2^29: the sum over a data
+        # set doesn't depend on how it is dealt to ranks.
+        losses = torch.round(losses * 2**24) / 2**24
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
         totals = torch.stack((torch.ones_like(losses), losses, hits[:, 0].double(), hits.any(1).double()))

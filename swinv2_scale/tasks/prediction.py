@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from swinv2_scale.config.tasks import CropRule
 from swinv2_scale.data.images.decode import IMAGE_FORMATS, PixelFormat, decode_image, open_image
-from swinv2_scale.data.images.transforms import central_resized_crop
+from swinv2_scale.data.images.transforms import evaluation_crop
 from swinv2_scale.data.shards.labels import read_class_names
 from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.durable import open_plain
-from swinv2_scale.errors import ConfigError, DataError, OutputError, WeightsError
+from swinv2_scale.errors import ConfigError, DataError, OutputError
 from swinv2_scale.models.backbone import SwinV2
-from swinv2_scale.weights.api import load_into
+from swinv2_scale.weights.api import load_into, require_head
 from swinv2_scale.weights.read import Weights
 
-#: ImageNet's usual evaluation crop, 224 of 256: seven eighths of each side of the central square.
-_CROP_SHARE = 0.875
 _MOST_DRAWN = 100
 _THUMBNAIL, _ROW, _GAP, _TEXT_WIDTH = 160, 22, 12, 420
 
@@ -47,12 +46,8 @@ class Classifier:
     """
 
     def __init__(self, weights: Weights, labels: Path | None = None, **fields: Any) -> None:
+        require_head(weights)
         config = weights.config(**fields)
-        if not config.num_classes:
-            raise WeightsError(
-                f"{weights.where} has no class head: it can't tell classes apart",
-                "give weights that were trained or fine-tuned with labels",
-            )
         if config.in_channels not in (1, 3):
             raise ConfigError(
                 f"{weights.where} reads {config.in_channels} channels; images have 1 (grey) or 3 (colour)"
@@ -60,6 +55,8 @@ class Classifier:
         self.names = _class_names(labels, weights.facts.labels, config.num_classes)
         self.model = SwinV2(config).eval()
         load_into(self.model, weights)
+        #: ImageNet's usual one where the weights don't say.
+        self._crop = weights.facts.crop or CropRule()
         mean, std = weights.facts.normalisation(config.in_channels)
         self._mean, self._std = (torch.tensor(values)[:, None, None] for values in (mean, std))
 
@@ -78,7 +75,7 @@ class Classifier:
             raise DataError(f"cannot read the image {path}: {error}", "check the path") from None
         record = Record(str(path), str(path), {path.suffix.lower().lstrip("."): content})
         picture = open_image(record, PixelFormat(config.in_channels))
-        pixels = torch.tensor(central_resized_crop(picture, config.image_shape, "bicubic", _CROP_SHARE))
+        pixels = torch.tensor(evaluation_crop(picture, config.image_shape, *self._crop))
         logits = self.model(((pixels / 255 - self._mean) / self._std)[None])[0]
         best = logits.softmax(-1).topk(min(top_k, len(self.names)))
         top = tuple((self.names[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True))

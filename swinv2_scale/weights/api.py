@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,8 +183,29 @@ def weights_of(model: nn.Module, config: ModelConfig, facts: Facts) -> Weights:
     tensors = {name.removeprefix(BACKBONE): p.detach() for name, p in model.named_parameters()}
     metas = {name: tensor.to("meta") for name, tensor in tensors.items()}
     fields = config.settled.model_dump(exclude={"attention"})
-    said = Facts(fields, facts.pixel_mean, facts.pixel_std, facts.labels)
+    said = replace(facts, model=fields)
     return Weights("the model", "native", said, metas, lambda name: tensors[name].cpu(), {})
+
+
+def require_head(weights: Weights, num_classes: int | None = None) -> None:
+    """
+    Args:
+        num_classes: how many classes it has to have; None: any number.
+
+    Raises:
+        WeightsError: the weights have no class head, or one of other classes.
+    """
+    found = weights.shape_fields["num_classes"]
+    if not found:
+        raise WeightsError(
+            f"{weights.where} has no class head, it was pre-trained without labels: it can't tell classes apart",
+            "fine-tune it first (launch/finetune.py), or see what its features know: swinv2-scale probe",
+        )
+    if num_classes is not None and found != num_classes:
+        raise WeightsError(
+            f"{weights.where} has a head of {found} classes, model.num_classes is {num_classes}",
+            f"set model.num_classes={found} if the data set has as many, or give other weights",
+        )
 
 
 def plan_loading(

@@ -10,13 +10,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from swinv2_scale import geometry
 from swinv2_scale.config.model import VARIANTS, ModelConfig
 from swinv2_scale.config.source import as_tuples
+from swinv2_scale.config.tasks import CropMode, CropRule, Interpolation
 from swinv2_scale.errors import WeightsError
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,6 +33,8 @@ class Facts:
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
     labels: tuple[str, ...] | None = None
+    #: What of an image it was shown in evaluation.
+    crop: CropRule | None = None
 
     def normalisation(self, in_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of pixels: as said, else ImageNet's for three channels, else a half."""
@@ -82,6 +85,19 @@ def _mlp_ratio(widths: Sequence[Sequence[int]], said: float | None, where: str) 
         if isinstance(ratio, float) and all(int(width * ratio) == hidden for hidden, width in widths):
             return ratio
     raise WeightsError(f"{where}: the shapes of mlp.fc1.weight, {widths}, are of no common mlp_ratio")
+
+
+def crop_rule(crop_pct: Any, crop_mode: Any, interpolation: Any) -> CropRule:
+    """A crop rule from JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct {crop_pct!r}")
+    if crop_mode not in get_args(CropMode) or interpolation not in get_args(Interpolation):
+        raise ValueError(f"a crop of {crop_mode!r}, {interpolation!r}")
+    return CropRule(float(crop_pct), crop_mode, interpolation)
 
 
 def native_fields(model: Mapping[str, Any]) -> dict[str, Any]:

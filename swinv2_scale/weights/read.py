@@ -231,6 +231,7 @@ def _own_words(text: Any, path: Path) -> tuple[Format, Facts]:
     try:
         data = json.loads(text)
         mean, std, labels = (data.get(key) for key in ("pixel_mean", "pixel_std", "labels"))
+        crop = data.get("crop")
         style: Format = data["format"]
         if style not in FORMATS:
             raise ValueError(f"format {style!r}")
@@ -239,6 +240,7 @@ def _own_words(text: Any, path: Path) -> tuple[Format, Facts]:
             tuple(mean) if mean else None,
             tuple(std) if std else None,
             tuple(labels) if labels else None,
+            facts_of.crop_rule(*crop) if crop else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path}: its own description ({METADATA_KEY}) can't be read: {error!r}") from None

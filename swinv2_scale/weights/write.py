@@ -206,6 +206,7 @@ def _about(weights: Weights, config: ModelConfig, style: Format) -> dict[str, An
         "pixel_mean": facts.pixel_mean,
         "pixel_std": facts.pixel_std,
         "labels": facts.labels,
+        "crop": facts.crop,
     }
 
 

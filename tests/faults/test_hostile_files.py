@@ -31,6 +31,7 @@ import pytest
 import torch
 import yaml
 
+from swinv2_scale.cli.evaluate import evaluate
 from swinv2_scale.cli.main import main, make_parser
 from swinv2_scale.cli.train import finetune, pretrain
 from swinv2_scale.config.run import RemoteConfig
@@ -140,7 +141,8 @@ def ends_with(entry: str, words: list[object]) -> int:
     words = [str(word) for word in words]
     try:
         if entry.startswith("launch/"):
-            return (finetune if entry.endswith("finetune.py") else pretrain)(words)  # type: ignore[arg-type]
+            script = {"pretrain.py": pretrain, "finetune.py": finetune, "evaluate.py": evaluate}[Path(entry).name]
+            return script(words)  # type: ignore[arg-type]
         return main([*entry.split(), *words])  # type: ignore[arg-type]
     except SystemExit as end:
         return int(end.code or 0)
@@ -177,12 +179,14 @@ def config() -> Callable[[Any], Any]:
             return [*made, "--nodes", 1, "--gpus-per-node", 1, "--print"]
         if entry == "plan":
             return [*made, "--gpus", 2]
+        if entry == "launch/evaluate.py":
+            return ["--config", first, "--weights", "run", *overrides]
         training = ["--config", first, "--run-dir", "run", *overrides]
         if entry == "launch":
             return ["deepspeed", "launch/pretrain.py", *training]
         return training if entry.startswith("launch/") else made
 
-    scripts = ("launch/pretrain.py", "launch/finetune.py")
+    scripts = ("launch/pretrain.py", "launch/finetune.py", "launch/evaluate.py")
     entries = ("config check", "config explain", "doctor", "launch", "plan", *scripts, "submit")
     return attacks(dict.fromkeys(entries, 78), words)
 
@@ -306,9 +310,11 @@ def weights(convert: int = 65, predict: int = 65) -> Callable[[Any], Any]:
     def words(entry: str, path: Path) -> list[object]:
         if entry == "predict":
             return [path, picture(path.parent / "picture.png")]
+        if entry == "probe":
+            return [path, "--train", "train.tar", "--validation", "validation.tar"]
         return [path, "out", "--to" if entry == "convert" else "--format", "hf"]
 
-    return attacks({"convert": convert, "predict": predict}, words)
+    return attacks({"convert": convert, "predict": predict, "probe": 65}, words)  # there are no shards
 
 
 def picture(path: Path) -> Path:

@@ -6,12 +6,17 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from swinv2_scale.config.tasks import CropMode
 from swinv2_scale.data.images.decode import Picture
 from swinv2_scale.geometry import Size
+
+#: An image of 1 x 89,000,000 pixels, its shorter side resized to 256 px, would take terabytes.
+_MOST_RESIZED = 2**26
 
 
 def crop_box(
@@ -52,16 +57,51 @@ def random_resized_crop(
     return picture.resized(crop_box(picture.width, picture.height, scale, ratio, numbers), size, interpolation)
 
 
-def central_resized_crop(picture: Picture, size: Size, interpolation: str, share: float = 1.0) -> NDArray[Any]:
-    """The largest central box of the target's shape, resized to ``size`` (height, width), as (C, H, W).
-
-    Args:
-        share: of that box's sides, to cut its border off.
-    """
+def central_resized_crop(picture: Picture, size: Size, interpolation: str) -> NDArray[Any]:
+    """The largest central box of the target's shape, resized to ``size`` (height, width), as (C, H, W)."""
     aspect = size[1] / size[0]
-    w, h = share * min(picture.width, picture.height * aspect), share * min(picture.height, picture.width / aspect)
+    w, h = min(picture.width, picture.height * aspect), min(picture.height, picture.width / aspect)
     left, top = (picture.width - w) / 2, (picture.height - h) / 2
     return picture.resized((left, top, left + w, top + h), size, interpolation)
+
+
+def evaluation_crop(
+    picture: Picture, size: Size, crop_pct: float, crop_mode: CropMode, interpolation: str
+) -> NDArray[Any]:
+    """What a classifier sees of an image: bit by bit what torchvision's transforms make of Pillow's image.
+
+    ``center``: Resize(int(size / crop_pct)), of the shorter side, then CenterCrop(size); ``squash``: Resize((size,
+    size)), which sees all of the image and changes its shape. For targets that aren't square the sides become the
+    least that cover both ``int(side / crop_pct)``.
+
+    Args:
+        size: (height, width) of the target.
+        crop_pct: at most 1; only ``center`` has one.
+
+    Returns:
+        (C, H, W) of the format's type.
+
+    Raises:
+        SampleError: the image doesn't decode.
+    Source: data/build.py of the released code: 256/224 is 1/0.875, and both round alike for every size up to 4096.
+    """
+    width, height = picture.width, picture.height
+    whole = (0.0, 0.0, float(width), float(height))
+    if crop_mode == "squash":
+        return picture.resized(whole, size, interpolation)
+    covered = [int(side / crop_pct) for side in size]
+    if covered[1] * height >= covered[0] * width:
+        resized = (int(covered[1] * height / width), covered[1])
+    else:
+        resized = (covered[0], int(covered[0] * width / height))
+    top, left = (round((found - side) / 2) for found, side in zip(resized, size, strict=True))
+    if resized[0] * resized[1] > _MOST_RESIZED:  # of a strip; the box that is left of it, to a level or so
+        steps = width / resized[1], height / resized[0]
+        box = (left * steps[0], top * steps[1], (left + size[1]) * steps[0], (top + size[0]) * steps[1])
+        return picture.resized(box, size, interpolation)
+    # Pillow's filters start at the box's edge: the box alone, resized, would differ in the last bit.
+    pixels = picture.resized(whole, resized, interpolation)
+    return np.ascontiguousarray(pixels[:, top : top + size[0], left : left + size[1]])
 
 
 def normalised(images: Tensor, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> Tensor:

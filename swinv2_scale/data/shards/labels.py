@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,14 @@ class Labels:
     """The labels of a data set.
 
     Attributes:
-        names: of classes, in the order of labels; empty where no manifest names them.
+        names: of classes, in the order of labels and in words where there are some; empty where no manifest names them.
         counted: None where a manifest doesn't say: it was made by an earlier version, or for a part of its folder.
+        classes: as the data set itself calls them, to be compared with another's.
     """
 
     names: tuple[str, ...]
     counted: LabelCount | None
+    classes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def read_labels(shards: ShardSet, remote: RemoteFiles) -> Labels:
@@ -91,8 +93,8 @@ def read_labels(shards: ShardSet, remote: RemoteFiles) -> Labels:
         )
     counts = [_count_of(schema, folder) for schema, folder in zip(schemas, folders, strict=True)]
     known = [count for count in counts if count is not None]
-    named = next((people or classes for classes, people in sorted(names, reverse=True)), ())
-    return Labels(named, total(known) if len(known) == len(counts) else None)
+    classes, words = max(names, default=((), ()))
+    return Labels(words or classes, total(known) if len(known) == len(counts) else None, classes)
 
 
 def check_labels(labels: Labels, num_samples: int, num_classes: int, use: str) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from swinv2_scale.data.sources.ade20k import list_ade20k
 from swinv2_scale.data.sources.coco import list_coco
 from swinv2_scale.data.sources.folders import list_image_folder
-from swinv2_scale.data.sources.imagenet import list_imagenet
+from swinv2_scale.data.sources.imagenet import list_imagenet, list_imagenet_v2
 from swinv2_scale.data.sources.kinetics import list_kinetics
 from swinv2_scale.data.sources.listing import Source
 from swinv2_scale.data.sources.table import list_table
 from swinv2_scale.errors import ConfigError, DataError
 
-_WHOLE = {"imagefolder": list_image_folder, "csv": list_table}
+_WHOLE = {"imagefolder": list_image_folder, "csv": list_table, "imagenet-v2": list_imagenet_v2}
 _SPLIT = {"imagenet": list_imagenet, "coco": list_coco, "ade20k": list_ade20k, "kinetics": list_kinetics}
 
 

@@ -23,7 +23,7 @@ def list_image_folder(folder: Path) -> Source:
     if len(classes) > 1 and all(name.isdecimal() for name in classes) and classes != sorted(classes, key=int):
         source.notes.append(
             "the classes' names are numbers and are numbered as text is sorted ('10' before '2'), as torchvision does; "
-            "--from imagenet takes such names as the labels"
+            "--from imagenet-v2 reads ImageNet-V2"
         )
     return source
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import resources
 from pathlib import Path
 
 from swinv2_scale.data.images.decode import IMAGE_FORMATS
@@ -30,7 +31,7 @@ def list_imagenet(root: Path, split: str) -> Source:
 
     Read are ``train/nXXXXXXXX/*.JPEG``; ``val/`` in such folders, or flat with the devkit's ground truth or Kaggle's
     ``LOC_val_solution.csv``; Kaggle's ``ILSVRC/Data/CLS-LOC/{train,val}``; a folder of class folders itself
-    (ImageNet-22K). Folders named by numbers (ImageNet-V2's 0 to 999) are the labels.
+    (ImageNet-22K).
 
     Raises:
         DataError: none of those, or images without a label.
@@ -43,8 +44,7 @@ def list_imagenet(root: Path, split: str) -> Source:
         folder = splits
     names = subfolders(folder)
     if names and all(name.isdecimal() for name in names):
-        labels = {name: int(name) for name in names}
-        return list_class_folders(folder, labels, [str(label) for label in range(max(labels.values()) + 1)])
+        raise DataError(f"{folder} holds folders that are called by numbers", "for ImageNet-V2: --from imagenet-v2")
     if not names:
         return _flat(root, folder)
     # A validation set with fewer classes still has the training set's labels.
@@ -55,6 +55,37 @@ def list_imagenet(root: Path, split: str) -> Source:
     labels = {name: label for label, name in enumerate(wnids)}
     source = list_class_folders(folder, {name: labels[name] for name in names}, wnids)
     return _with_words(source, _kaggle_words(root))
+
+
+def list_imagenet_v2(root: Path) -> Source:
+    """ImageNet-V2: folders ``0`` to ``999``, each named by the label itself: sorted as text, ``10`` would come before
+    ``2``. Its classes are those of ImageNet-1K, so that their labels compare.
+
+    Args:
+        root: the folder of those, like ``imagenetv2-matched-frequency-format-val``, or the one that it alone lies in.
+
+    Raises:
+        DataError: no such folders, or others among them.
+    Source: code/make_imagenet_folders.py of modestyachts/ImageNetV2: a folder's number is the class's position among
+        the sorted WordNet ids.
+    """
+    wnids = imagenet_1k_wnids()
+    candidates = [root, *(root / name for name in subfolders(root))]
+    found = [place for place in candidates if any(name.isdecimal() for name in subfolders(place))]
+    if len(found) != 1:
+        what = f"several: {', '.join(place.name for place in found)}" if found else "none"
+        raise DataError(f"{root} should hold one folder with ImageNet-V2's folders 0 to 999, there is {what}")
+    labels = {str(label): label for label in range(len(wnids))}
+    strange = sorted(set(subfolders(found[0])) - set(labels))
+    if strange:
+        raise DataError(f"{found[0]} holds {strange[0]!r}, ImageNet-V2's folders are 0 to {len(wnids) - 1}")
+    there = {name: labels[name] for name in subfolders(found[0])}
+    return list_class_folders(found[0], there, wnids)
+
+
+def imagenet_1k_wnids() -> list[str]:
+    """ImageNet-1K's classes in the order of labels."""
+    return (resources.files("swinv2_scale.data") / "embedded" / "imagenet_1k_wnids.txt").read_text("ascii").split()
 
 
 def _flat(root: Path, folder: Path) -> Source:

@@ -144,10 +144,10 @@ def test_predicted_probabilities_are_the_models_for_the_central_seven_eighths(tm
     assert main(command) == 0
     (found,) = json.loads(capsys.readouterr().out)
     image = Image.open(images / "cat.png").convert("RGB")
-    side = min(image.size) * 0.875
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    pixels = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC, box=box), np.float32) / 255
+    resized = tuple(int(73 * side / min(image.size)) for side in image.size)  # 64 px are seven eighths of 73
+    left, top = (round((side - 64) / 2) for side in resized)
+    image = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + 64, top + 64))
+    pixels = np.asarray(image, np.float32) / 255
     normalised = (pixels - np.float32([0.4, 0.5, 0.6])) / np.float32([0.2, 0.25, 0.3])
     with torch.no_grad():
         wanted = model(torch.from_numpy(normalised).permute(2, 0, 1)[None])[0].softmax(0)

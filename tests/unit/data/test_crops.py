@@ -12,7 +12,7 @@ from PIL import Image
 
 from swinv2_scale.data.images.decode import Picture
 from swinv2_scale.data.images.resize import channels_first, mirrored
-from swinv2_scale.data.images.transforms import central_resized_crop, crop_box, random_resized_crop
+from swinv2_scale.data.images.transforms import central_resized_crop, crop_box, evaluation_crop, random_resized_crop
 from tests.support.pictures import encoded, opened
 
 
@@ -137,3 +137,28 @@ def test_arrays_have_channels_first_and_own_their_memory() -> None:
 def test_mirroring_exchanges_left_and_right(dtype: type) -> None:
     pixels = (1000 * np.random.default_rng(0).random((5, 7, 9))).astype(dtype)
     assert np.array_equal(mirrored(pixels), pixels[:, :, ::-1])
+
+
+@pytest.mark.parametrize("size", [(16, 24), (24, 16), (16, 16)])
+@pytest.mark.parametrize(("width", "height"), [(40, 40), (61, 20), (20, 61)])
+def test_an_evaluation_sees_the_middle_of_an_image_whatever_the_targets_shape(
+    size: tuple[int, int], width: int, height: int
+) -> None:
+    ramp = np.mgrid[:height, :width].astype(np.uint8)
+    rows, columns = (evaluation_crop(picture(Image.fromarray(part)), size, 0.8, "center", "bilinear") for part in ramp)
+    assert rows.shape == (1, *size)
+    # Half a pixel of the source for rounding the crop's place, half a level for rounding values.
+    step = max(width / (size[1] / 0.8), height / (size[0] / 0.8), 1.0)
+    assert abs(rows.mean() - (height - 1) / 2) <= step / 2 + 0.5
+    assert abs(columns.mean() - (width - 1) / 2) <= step / 2 + 0.5
+    # The tighter axis shows 0.8 of its side.
+    seen = [float(np.ptp(part)) / length for part, length in ((rows, height), (columns, width))]
+    assert max(seen) == pytest.approx(0.8, abs=0.12)
+
+
+def test_a_strip_is_evaluated_within_memory() -> None:
+    strip = np.zeros((1, 2_000_000), np.uint8)
+    strip[:, 999_000:1_001_000] = 200
+    found = evaluation_crop(opened("png", encoded(strip, "PNG"), 1), (192, 192), 0.875, "center", "bicubic")
+    assert found.shape == (1, 192, 192)
+    assert (found == 200).all()

@@ -114,3 +114,10 @@ def test_class_names_are_a_line_each(tmp_path: Path) -> None:
         read_class_names(path, 3)
     with pytest.raises(ConfigError, match="cannot read the class names"):
         read_class_names(tmp_path / "missing.txt", 2)
+
+
+def test_data_sets_that_call_their_classes_alike_compare_though_one_has_no_words(tmp_path: Path) -> None:
+    first = labels_of(written(tmp_path / "1k", [{"cls": b"0"}], classes=["n1", "n2"], class_names=["cat", "dog"]))
+    second = labels_of(written(tmp_path / "v2", [{"cls": b"0"}], classes=["n1", "n2"]))
+    assert first.classes == second.classes == ("n1", "n2")
+    assert (first.names, second.names) == (("cat", "dog"), ("n1", "n2"))

@@ -18,6 +18,7 @@ from scipy.io import savemat
 
 from swinv2_scale.data.shards.manifest import sample_key
 from swinv2_scale.data.sources.choice import list_source, split_of
+from swinv2_scale.data.sources.imagenet import imagenet_1k_wnids
 from swinv2_scale.data.sources.listing import Item, Keys, Source
 from swinv2_scale.errors import ConfigError, DataError
 
@@ -226,11 +227,55 @@ def test_kaggles_copy_is_read_with_its_two_tables(tmp_path: Path) -> None:
     assert train.schema["class_names"][0] == f"words, of {WNIDS[0]}"
 
 
-def test_imagenet_v2s_folders_are_the_labels_themselves(tmp_path: Path) -> None:
-    put(tmp_path, *(f"{label}/image.jpeg" for label in (0, 2, 10, 999)))
-    source = list_source("imagenet", tmp_path, "validation")
-    assert labels_of(source) == {f"{label}/image.jpeg": label for label in (0, 2, 10, 999)}
-    assert len(source.schema["classes"]) == 1000
+V2 = "imagenetv2-matched-frequency-format-val"
+
+
+@pytest.mark.parametrize("given", ["the folder", "the one above"])
+def test_imagenet_v2s_folders_are_the_labels_themselves_not_sorted_as_text(tmp_path: Path, given: str) -> None:
+    # Sorted as text 10 and 100 come before 2: a list of folders would make them 1, 2 and 3.
+    put(tmp_path, *(f"{V2}/{label}/image.jpeg" for label in (0, 2, 10, 100, 999)))
+    source = list_source("imagenet-v2", tmp_path / V2 if given == "the folder" else tmp_path, None)
+    assert labels_of(source) == {f"{label}/image.jpeg": label for label in (0, 2, 10, 100, 999)}
+
+
+def test_imagenet_v2_and_imagenet_1k_have_the_same_classes_by_name(tmp_path: Path) -> None:
+    wnids = imagenet_1k_wnids()
+    put(tmp_path, *(f"1k/train/{wnid}/{wnid}_1.JPEG" for wnid in wnids), f"1k/val/{wnids[10]}/a.JPEG", "v2/10/b.jpeg")
+    first = list_source("imagenet", tmp_path / "1k", "validation")
+    second = list_source("imagenet-v2", tmp_path / "v2", None)
+    assert first.schema["classes"] == second.schema["classes"] == wnids
+    assert [item.label for item in first.items + second.items] == [10, 10]
+
+
+def test_the_list_of_imagenets_classes_is_everybodys() -> None:
+    wnids = imagenet_1k_wnids()
+    assert len({*wnids}) == 1000
+    assert wnids == sorted(wnids)  # as torchvision's ImageFolder numbers them
+    # tench, goldfish, Bernese mountain dog, tabby, teddy, toilet tissue: labels that are cited everywhere
+    known = {0: "n01440764", 1: "n01443537", 239: "n02107683", 281: "n02123045", 850: "n04399382", 999: "n15075141"}
+    assert {label: wnids[label] for label in known} == known
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (["n01440764"], "none"),
+        (["0", "1000"], "'1000'"),
+        (["0", "01"], "'01'"),
+        ([f"{V2}/0", "imagenetv2-top-images-format-val/0"], "several"),
+    ],
+)
+def test_what_is_not_imagenet_v2_is_refused(tmp_path: Path, folders: list[str], said: str) -> None:
+    put(tmp_path, *(f"{folder}/image.jpeg" for folder in folders))
+    with pytest.raises(DataError, match=said):
+        list_source("imagenet-v2", tmp_path, None)
+
+
+def test_folders_called_by_numbers_are_not_taken_for_wordnet_ids(tmp_path: Path) -> None:
+    put(tmp_path, "val/0/a.JPEG", "val/10/a.JPEG")
+    with pytest.raises(DataError, match="numbers") as caught:
+        list_source("imagenet", tmp_path, "validation")
+    assert "imagenet-v2" in caught.value.report
 
 
 def test_imagenet_22k_is_a_folder_of_wordnet_ids(tmp_path: Path) -> None:

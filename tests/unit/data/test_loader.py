@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -329,6 +330,52 @@ def test_a_damaged_sample_of_an_evaluation_has_no_weight_and_is_listed_once(tmp_
                 counted += [n for n, weight in zip(batch.arrays["number"].tolist(), weights, strict=True) if weight]
         assert [(q.sample, q.position, q.epoch) for q in listed] == [(3, 11, "evaluation")]
         assert sorted(counted) == [number for number in range(37) if number != 11]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_workers_give_an_evaluation_the_batches_that_it_has_without_them(shards: ShardSet, rank: int) -> None:
+    def read(num_workers: int) -> list[Batch]:
+        share = share_of(micro_batch_size=4, global_batch_size=12, rank=rank, world_size=3, num_workers=num_workers)
+        return list(evaluation_batches(dataset_of(shards, shuffle=False, epoch="evaluation"), share, 37))
+
+    assert len(read(0)) == 4
+    assert_same(read(2), read(0))
+
+
+def test_an_evaluations_errors_come_out_of_workers_and_its_workers_end_with_it(tmp_path: Path) -> None:
+    shards = photographs(tmp_path / "s")
+    damage(shards, 1, 3)
+    before = {*multiprocessing.active_children()}
+    dataset = dataset_of(shards, shuffle=False, epoch="evaluation")
+    batches = evaluation_batches(dataset, share_of(micro_batch_size=4, num_workers=1), 37)
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(SampleError, match=r"sample 3 .* is damaged"):
+        next(batches)
+    batches = evaluation_batches(dataset, share_of(micro_batch_size=4, num_workers=1), 37)
+    next(batches)
+    batches.close()
+    assert {*multiprocessing.active_children()} <= before
+
+
+@pytest.mark.parametrize(
+    ("num_batches", "room", "num_workers", "expected"),
+    [
+        (9, 100, 4, (4, 2)),
+        (3, 100, 4, (3, 1)),  # no worker without a batch
+        (1, 100, 4, (0, 0)),
+        (9, 100, 0, (0, 0)),
+        # The training's four workers keep two each, which leaves room for two beside the one that is looked at.
+        (9, 11, 4, (2, 1)),
+        (9, 10, 4, (1, 1)),
+        (9, 9, 4, (4, 1)),  # the training's keep one each
+        (9, 1, 4, (0, 0)),
+    ],
+)
+def test_an_evaluation_takes_the_memory_that_the_trainings_batches_leave(
+    num_batches: int, room: int, num_workers: int, expected: tuple[int, int]
+) -> None:
+    share = share_of(micro_batch_size=6, sample_bytes=100, prefetch_bytes=room * 600, num_workers=num_workers)
+    assert share.beside_training(num_batches) == expected
 
 
 def test_damage_that_fills_a_batch_with_repeats_is_listed_once(tmp_path: Path) -> None:
