@@ -54,11 +54,36 @@ def check_before_training(config: RunConfig, checkpoints: Path) -> None:
         log().warning("%s; %s", lock.text, lock.advice)
 
 
-def look_at_disk(config: RunConfig | None, run_dir: Path) -> list[Finding]:
-    """Free space where the run directory is or will be, with what quotas leave of it; by one process alone."""
-    folder = run_dir / "checkpoints"
+def check_swap_space(config: RunConfig) -> None:
+    """Whether what this node's processes offload fits ``engine.offload.nvme_dir``; by every rank, before training.
+
+    Raises:
+        OutputError: it doesn't.
+    """
+    offload = config.engine.offload
+    if not offload.uses_nvme:
+        return
+    folder = Path(str(offload.nvme_dir)).absolute()
+    free = shutil.disk_usage(_existing(folder)).free
+    needed = zero.states(zero.Sharding.of(config, dist.world_size())).disk * dist.local_world_size()
+    if free < needed:
+        raise OutputError(
+            f"engine.offload.nvme_dir {folder} has {size(free)} free, the states of this node's "
+            f"{dist.local_world_size()} process(es) take {size(needed)}",
+            "free some space, name a folder on a larger disk, or use more nodes",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
     while not folder.exists():
         folder = folder.parent
+    return folder
+
+
+def look_at_disk(config: RunConfig | None, run_dir: Path) -> list[Finding]:
+    """Free space where the run directory is or will be, with what quotas leave of it; by one process alone."""
+    folder = _existing(run_dir / "checkpoints")
     free, inodes = shutil.disk_usage(folder).free, os.statvfs(folder).f_favail
     needed = _CHECKPOINTS * checkpoint_bytes(config) if config else 0
     text = f"{size(free)} free on {_mount_point(folder)}" + (f", two take {size(needed)}" if needed else "")
