@@ -28,7 +28,7 @@ _ANSWER_S = 12.0
 _KEEP_SIZE = 1
 #: Each process of a save writes a handful of files.
 _INODES = 10_000
-FREE, SHARED = "disk for checkpoints", "run directory"
+FREE, SWAP, SHARED = "disk for checkpoints", "disk for offloading", "run directory"
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -54,24 +54,26 @@ def check_before_training(config: RunConfig, checkpoints: Path) -> None:
         log().warning("%s; %s", lock.text, lock.advice)
 
 
-def check_swap_space(config: RunConfig) -> None:
+def check_swap_space(config: RunConfig) -> str:
     """Whether what this node's processes offload fits ``engine.offload.nvme_dir``; by every rank, before training.
 
+    Returns:
+        What there is, and what it takes.
+
     Raises:
-        OutputError: it doesn't.
+        OutputError: it doesn't fit.
     """
-    offload = config.engine.offload
-    if not offload.uses_nvme:
-        return
-    folder = Path(str(offload.nvme_dir)).absolute()
+    if not config.engine.offload.uses_nvme:
+        return "nothing is offloaded to files"
+    folder = Path(str(config.engine.offload.nvme_dir)).absolute()
     free = shutil.disk_usage(_existing(folder)).free
     needed = zero.states(zero.Sharding.of(config, dist.world_size())).disk * dist.local_world_size()
+    text = (
+        f"engine.offload.nvme_dir {folder} has {size(free)} free, what a node's processes offload takes {size(needed)}"
+    )
     if free < needed:
-        raise OutputError(
-            f"engine.offload.nvme_dir {folder} has {size(free)} free, the states of this node's "
-            f"{dist.local_world_size()} process(es) take {size(needed)}",
-            "free some space, name a folder on a larger disk, or use more nodes",
-        )
+        raise OutputError(text, "free some space, name a folder on a larger disk, or use more nodes")
+    return text
 
 
 def _existing(folder: Path) -> Path:
