@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--max-score-bytes", type=int, default=64 * 2**20)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--sizes", nargs="+", default=[f"{size}/{window}" for size, window in SIZES])
+    parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -88,13 +90,13 @@ def main() -> None:
     print("# High resolution on small memory\n")
     print(f"- machine: {describe_machine(gpu)}")
     print(f"- versions: {describe_versions('torch', 'deepspeed', 'fairscale')}")
-    print(f"- command: `.venv/bin/python benchmarks/high_resolution.py {' '.join(sys.argv[1:])}`")
+    print(f"- command: `.venv/bin/python benchmarks/high_resolution.py {shlex.join(sys.argv[1:])}`")
     print(f"- {arguments.precision}, one image, a process may have {arguments.limit_gib:g} GiB\n")
     print("| model | px / window | way | before, GiB | peak, GiB | planned, GiB | s a step |")
     print("|---|---|---|---|---|---|---|")
-    for model, size, (way, settings) in product(arguments.models, arguments.sizes, WAYS.items()):
+    for model, size, way in product(arguments.models, arguments.sizes, arguments.ways):
         px, window = size.split("/")
-        case = [f"model.variant={model}", f"model.image_size={px}", f"model.window_size={window}", *settings]
+        case = [f"model.variant={model}", f"model.image_size={px}", f"model.window_size={window}", *WAYS[way]]
         case += [f"engine.precision={arguments.precision}", f"{_SCORES}={arguments.max_score_bytes}"]
         row = run(case, arguments)
         print(f"| {model} | {px} / {window} | {way} | {row} |", flush=True)
