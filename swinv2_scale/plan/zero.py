@@ -109,11 +109,10 @@ class Sharding:
     def sum_width(self) -> int:
         """Bytes of a number where the gradients of micro-batches are added up; stage 0 has no choice in DeepSpeed.
 
-        Where memory is short enough for files, one micro-batch's gradients aren't widened for nothing.
+        Where memory is so short that states are offloaded, one micro-batch's gradients aren't widened for nothing.
         """
-        on_disk = self.config.engine.offload.optimizer_states == "nvme"
-        is_narrow = self.stage == 0 or (on_disk and self.accumulation_steps == 1)
-        return self.weight_width if is_narrow else _WIDE
+        adds_nothing = self.stage == 3 and self.steps_on_host and self.accumulation_steps == 1
+        return self.weight_width if self.stage == 0 or adds_nothing else _WIDE
 
     @property
     def largest_sub_group(self) -> int:

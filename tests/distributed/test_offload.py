@@ -11,11 +11,12 @@ import pytest
 from tests.support.processes import run_worker
 from tests.support.small_run import write_config
 
-#: Parts and parameters of a MiB and more are swapped, smaller ones stay in memory: both are here, with micro-batches
-#: that are added up. Without clipping: DeepSpeed adds the norm up in another order where states are offloaded.
+#: Parts and parameters of a MiB and more are swapped, smaller ones stay in memory: both are here. One process adds two
+#: micro-batches up, two have one each. Without clipping: DeepSpeed adds the norm up in another order where states are
+#: offloaded.
 MODEL = (
     *("model.embed_dim=128", "model.num_heads=[4,8]", "model.depths=[1,1]", "optim.clip_grad_norm=0"),
-    *("data.global_batch_size=4", "data.micro_batch_size=1", "engine.activation_checkpointing.backend=none"),
+    *("data.global_batch_size=2", "data.micro_batch_size=1", "engine.activation_checkpointing.backend=none"),
     *("optim.ema_decay=0.9", "engine.offload.sub_group_elements=300_000"),
 )
 STATES = "engine.offload.optimizer_states=nvme"

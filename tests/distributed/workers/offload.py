@@ -75,7 +75,7 @@ def check(path: str, scratch: Path, number: int, overrides: list[str], resumes: 
     result["end"] = publish(5)
     restore.load(engine, found, config.data.global_batch_size)  # as a rewind does
     result["rewound"] = [train(3), train(4)]
-    begin_again(engine, lambda: first_values(engine.module, zero.full_shapes(engine.module), config.seed, None))
+    begin_again(engine, lambda: first_values(engine.module, zero.full_shapes(engine.module), config, None))
     result["loss begun again"] = train(0)
     files = (scratch / f"swap-{number}").rglob(f"rank{dist.rank()}/*.swp")
     result["files"] = sorted({word for path in files for word in WORDS if word in path.name})

@@ -39,13 +39,15 @@ def test_optimizer_states_on_the_host_leave_masters_moments_and_gradients_there(
     assert offloaded.masters == offloaded.moments == offloaded.gradients == offloaded.disk == 0
     # Beside the sums of gradients, the float32 ones that the update reads.
     assert offloaded.host == plain.masters + plain.moments + 2 * plain.gradients
+    # One micro-batch a step: they stay as narrow as they come.
+    alone = held(64, changed(giant(optimizer_states="cpu"), {"data.global_batch_size": 18 * 64}))
+    assert offloaded.host - alone.host == plain.gradients // 2
     assert offloaded.weights == plain.weights
 
 
 def test_the_giants_states_in_files_are_48_gb() -> None:
     found = held(1, giant(optimizer_states="nvme"))
     assert found.disk == 16 * NUMEL  # master, two moments and the gradient, float32
-    # One image a step: gradients stay as narrow as they come. In memory, and no longer on the GPU.
     alone = held(1, changed(giant(optimizer_states="nvme"), {"data.global_batch_size": 18}))
     buffers = 4 * 4 * Sharding.of(giant(), 1).largest_sub_group
     assert alone.host == 2 * NUMEL + buffers
