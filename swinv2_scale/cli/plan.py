@@ -162,7 +162,9 @@ def _memory_table(memory: dict[str, Any], config: RunConfig) -> Table:
         ("largest_scores", "  the largest attention tensor", "scores, float32; among the activations"),
         ("update", "the update", "when activations are gone"),
         ("total", "at most at once", f"with CUDA and NCCL; {_size(memory['limit'])} there are"),
-        ("host", "host memory", "offloaded states"),
+        ("host", "host memory", "offloaded states, and buffers that files are read into"),
+        ("activations_on_host", "host memory", "offloaded block inputs"),
+        ("disk", "files", "of this GPU's process, in engine.offload.nvme_dir of its node"),
     )
     for key, name, remark in rows:
         if memory[key] or key in ("weights", "total"):

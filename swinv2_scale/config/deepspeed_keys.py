@@ -23,6 +23,8 @@ OWNED_BY_CONFIG: dict[str, str] = {
     "zero_optimization.stage3_prefetch_bucket_size": "engine.prefetch_bucket_elements",
     "zero_optimization.stage3_param_persistence_threshold": "engine.param_persistence_elements",
     "zero_optimization.stage3_max_live_parameters": "engine.max_live_elements",
+    "zero_optimization.offload_optimizer": "engine.offload.optimizer_states",
+    "zero_optimization.offload_param": "engine.offload.parameters",
 }
 
 #: Fields of DeepSpeed's ZeRO section, under the names that a configuration file uses.
@@ -46,24 +48,6 @@ ZERO_KEYS: tuple[str, ...] = (
     "zero_quantized_gradients",
     "zero_quantized_weights",
 )
-OFFLOAD_OPTIMIZER_KEYS = (
-    "buffer_count",
-    "device",
-    "fast_init",
-    "nvme_path",
-    "pin_memory",
-    "pipeline_read",
-    "pipeline_write",
-    "ratio",
-)
-OFFLOAD_PARAM_KEYS = ("buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory")
-AIO_KEYS = ("block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "use_gds")
 TOP_KEYS = ("communication_data_type", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown")
 
-DEEPSPEED_KEYS: tuple[str, ...] = (
-    *TOP_KEYS,
-    *(f"zero_optimization.{key}" for key in ZERO_KEYS),
-    *(f"zero_optimization.offload_optimizer.{key}" for key in OFFLOAD_OPTIMIZER_KEYS),
-    *(f"zero_optimization.offload_param.{key}" for key in OFFLOAD_PARAM_KEYS),
-    *(f"aio.{key}" for key in AIO_KEYS),
-)
+DEEPSPEED_KEYS: tuple[str, ...] = (*TOP_KEYS, *(f"zero_optimization.{key}" for key in ZERO_KEYS))

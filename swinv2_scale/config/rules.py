@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from swinv2_scale.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_BY_CONFIG
 from swinv2_scale.config.model import ModelConfig
-from swinv2_scale.config.run import RunConfig, patterns_of
+from swinv2_scale.config.run import EngineConfig, RunConfig, patterns_of
 from swinv2_scale.config.tasks import ClassificationConfig, RandAugment, SimMIMConfig
 from swinv2_scale.errors import ConfigProblem
 from swinv2_scale.geometry import nearest_multiples
@@ -50,6 +50,8 @@ _RESUME_POLICY: dict[str, ResumePolicy] = {
     "engine.precision": "warn",  # masters and moments are float32 in each
     "engine.zero_stage": "warn",  # the masters and moments are the same, cut elsewhere; the order of additions changes
     "engine.activation_checkpointing": "free",
+    "engine.offload": "free",  # the same masters and moments, elsewhere
+    "engine.offload.optimizer_states": "warn",  # DeepSpeed adds the gradient's norm up in another order
     "engine.overlap_comm": "free",
     "engine.reduce_bucket_elements": "warn",
     "engine.prefetch_bucket_elements": "free",
@@ -260,19 +262,37 @@ def _engine_problems(config: RunConfig) -> list[ConfigProblem]:
             "fairscale recomputes under fp16 autocast whatever the forward used; use torch here, or precision bf16"
         )
         problems.append(ConfigProblem("engine.activation_checkpointing.backend", message))
-    if checkpointing.offload and checkpointing.backend != "fairscale":
-        message = f"only fairscale offloads block inputs, the backend is {checkpointing.backend}"
+    if checkpointing.offload and checkpointing.backend == "none":
+        message = "no block inputs are kept without checkpointing; backend torch or fairscale keeps and offloads them"
         problems.append(ConfigProblem("engine.activation_checkpointing.offload", message))
+    problems += _offload_problems(engine)
     for key in _flat_keys(engine.deepspeed_overrides):
         full = f"engine.deepspeed_overrides.{key}"
         owner = next((o for k, o in OWNED_BY_CONFIG.items() if key == k or key.startswith(k + ".")), None)
         if owner:
             problems.append(ConfigProblem(full, f"is set by {owner}; change it there"))
-        elif key.endswith(".device") and "nvme" in str(_value_at(engine.deepspeed_overrides, key)):
-            problems.append(ConfigProblem(full, "nvme is not possible yet: checkpoints would not hold what lies there"))
+        elif key == "zero_optimization.sub_group_size" and engine.offload.optimizer_states == "nvme":
+            problems.append(ConfigProblem(full, "is set by engine.offload.sub_group_elements; change it there"))
         elif key not in DEEPSPEED_KEYS:
             near = difflib.get_close_matches(key, DEEPSPEED_KEYS, 1)
             problems.append(ConfigProblem(full, "no such DeepSpeed key", suggestion=near[0] if near else ""))
+    return problems
+
+
+def _offload_problems(engine: EngineConfig) -> list[ConfigProblem]:
+    """What DeepSpeed can offload at which stage (deepspeed.ai/docs/config-json, "ZeRO optimizations")."""
+    offload, stage, problems = engine.offload, engine.zero_stage, []
+    on_disk = [key for key in ("optimizer_states", "parameters") if getattr(offload, key) == "nvme"]
+    if stage < {"none": 0, "cpu": 1, "nvme": 3}[offload.optimizer_states]:
+        stages = "3" if offload.optimizer_states == "nvme" else "1, 2 or 3"
+        message = f"{offload.optimizer_states} needs engine.zero_stage {stages}, it is {stage}"
+        problems.append(ConfigProblem("engine.offload.optimizer_states", message))
+    if offload.parameters != "none" and stage < 3:
+        message = f"{offload.parameters} needs engine.zero_stage 3, it is {stage}"
+        problems.append(ConfigProblem("engine.offload.parameters", message))
+    if on_disk and not offload.nvme_dir:
+        message = f"engine.offload.{on_disk[0]} is nvme: give a folder on a fast disk of each node"
+        problems.append(ConfigProblem("engine.offload.nvme_dir", message))
     return problems
 
 
@@ -292,12 +312,6 @@ def _checkpoint_problems(config: RunConfig) -> list[ConfigProblem]:
         )
         return [ConfigProblem("checkpoint.keep_best", message)]
     return []
-
-
-def _value_at(tree: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree
 
 
 def _either(values: tuple[int, int]) -> str:

@@ -111,8 +111,29 @@ class ActivationCheckpointingConfig(Section):
     """Recompute each block in backward instead of keeping its activations."""
 
     backend: Literal["none", "torch", "fairscale"] = "none"
-    #: Keep the block inputs in host memory (fairscale only).
+    #: Keep the block inputs in host memory.
     offload: bool = False
+
+
+class OffloadConfig(Section):
+    """What lies elsewhere than in a GPU's memory (without GPUs: elsewhere than in memory), and is fetched when needed.
+
+    ``cpu``: in host memory. ``nvme``: in files, at ZeRO stage 3.
+    """
+
+    #: Float32 masters, moments and average; AdamW then steps on the host's processors.
+    optimizer_states: Literal["none", "cpu", "nvme"] = "none"
+    #: The weights that the model computes with; ZeRO stage 3.
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+    #: A folder on each node's fastest disk. It is scratch: no checkpoint needs it, and a job deletes what it put there.
+    nvme_dir: str | None = None
+    #: Optimizer states are read, stepped and written so many parameters at a time (and one parameter more). Four or
+    #: five float32 buffers of this size stay in memory.
+    sub_group_elements: PositiveInt = 50_000_000
+
+    @property
+    def uses_nvme(self) -> bool:
+        return "nvme" in (self.optimizer_states, self.parameters)
 
 
 class EngineConfig(Section):
@@ -122,6 +143,7 @@ class EngineConfig(Section):
     #: ``bf16``: weights and activations in bfloat16, float32 masters. ``bf16_autocast``: float32 weights.
     precision: Literal["fp32", "bf16", "bf16_autocast"] = "bf16"
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    offload: OffloadConfig = OffloadConfig()
     overlap_comm: bool = True
     reduce_bucket_elements: PositiveInt = 500_000_000
     #: ZeRO-3: elements gathered ahead of use; one block of G is 50 million.

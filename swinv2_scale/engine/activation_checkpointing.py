@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +24,8 @@ def apply(model: nn.Module, config: ActivationCheckpointingConfig) -> None:
         return
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         if config.backend == "torch":
-            block.forward = partial(_torch_checkpoint, block.forward)  # type: ignore[method-assign]
+            run = _offloading_checkpoint if config.offload else _torch_checkpoint
+            block.forward = partial(run, block.forward)  # type: ignore[method-assign]
         else:
             with warnings.catch_warnings():
                 # fairscale 0.4.13 decorates with torch.cuda.amp names that torch has renamed.
@@ -34,3 +36,12 @@ def apply(model: nn.Module, config: ActivationCheckpointingConfig) -> None:
 
 def _torch_checkpoint(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _offloading_checkpoint(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the checkpoint keeps are the block's inputs: these go to host memory, pinned where there is a GPU.
+
+    Recomputing saves tensors outside of this context, so nothing else goes there.
+    """
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return _torch_checkpoint(forward, *args, **kwargs)

@@ -16,6 +16,7 @@ import deepspeed.ops
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper, partitioned_param_swapper
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -39,4 +40,15 @@ for _handler in list(deepspeed_logger.handlers):
     deepspeed_logger.removeHandler(_handler)
 deepspeed_logger.propagate = False
 
-__all__ = ["LossScaler", "TorchCheckpointEngine", "ZeroStageEnum", "deepspeed", "deepspeed_logger", "fragment_address"]
+#: Modules that take DeepSpeed's compiled file operator; engine/swap_files.py gives them another.
+swappers = (partitioned_optimizer_swapper, partitioned_param_swapper)
+
+__all__ = [
+    "LossScaler",
+    "TorchCheckpointEngine",
+    "ZeroStageEnum",
+    "deepspeed",
+    "deepspeed_logger",
+    "fragment_address",
+    "swappers",
+]

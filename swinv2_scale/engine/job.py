@@ -21,7 +21,7 @@ from swinv2_scale.engine.accounting import Accounting
 from swinv2_scale.engine.amplitudes import AmplitudeMeter
 from swinv2_scale.engine.deepspeed_config import read_back, translate
 from swinv2_scale.engine.deepspeed_import import deepspeed, deepspeed_logger
-from swinv2_scale.engine.doctor.storage import check_before_training
+from swinv2_scale.engine.doctor.storage import check_before_training, check_swap_space
 from swinv2_scale.engine.inputs import Inputs, open_inputs
 from swinv2_scale.engine.loop import Loop
 from swinv2_scale.engine.optim import build_optimizer
@@ -32,6 +32,7 @@ from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.saving import Saver
 from swinv2_scale.engine.start import begin_again, first_values, settle
 from swinv2_scale.engine.step import TrainState
+from swinv2_scale.engine.swap_files import SwapFolder
 from swinv2_scale.engine.watchdog import Watchdog
 from swinv2_scale.errors import CheckpointError, ClusterError, ConfigError, ExitCode, ScaleError
 from swinv2_scale.launchers import place as launchers
@@ -110,6 +111,7 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     """
     started = time.perf_counter()
     ds_config = translate(config, dist.world_size())
+    swap = SwapFolder(config.engine.offload) if config.engine.offload.uses_nvme else None
     model = zero.build(task.build_model, ds_config)
     shapes = zero.full_shapes(model)
     if not will_load:
@@ -119,7 +121,9 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
         model=model, optimizer=build_optimizer(model, shapes, config.optim), config=ds_config
     )
     # Stage 0 in bf16 takes an update with zero gradients to allocate its states; it isn't one of ours.
-    zero.adamw(engine).state.clear()
+    zero.forget_moments(engine)
+    if swap:
+        swap.remove_with(engine)
     if config.engine.precision == "bf16" and not will_load:
         zero.assign_masters(engine, first_values(model, shapes, config, loading))
     read_back(engine, config, dist.world_size())
@@ -156,6 +160,7 @@ def _run(
         return ExitCode.DONE
 
     dist.on_rank_zero(lambda: check_before_training(config, directory.checkpoints), "looking at the disk")
+    dist.all_agree(lambda: check_swap_space(config), "looking at the disk of engine.offload.nvme_dir")
     task: Task = task_type(config)
     task.labels = inputs.labels
     watchdog.enter("building the model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -50,21 +51,20 @@ def load(engine: Any, checkpoint: Checkpoint, samples_per_step: int) -> None:
 
 @torch.no_grad()
 def _fill(engine: Any, saved: SavedTensors) -> None:
-    adamw = zero.adamw(engine)
-    parts = zero.parts(engine)
-    masters = {id(part.master): part.master for part in parts}
-    for master in masters.values():
-        master.zero_()  # what pads it
-        adamw.state.pop(master, None)
-        if saved.num_updates:
-            state = adamw.allocate(master)
+    """One master after the other, so that no more than one of those in files is in memory."""
+    by_master: dict[int, list[zero.Part]] = defaultdict(list)
+    for part in zero.parts(engine):
+        by_master[id(part.master)].append(part)
+    zero.forget_moments(engine)
+    for parts in by_master.values():
+        master = parts[0].master
+        state = zero.allocate(engine, master) if saved.num_updates else {}
+        if state:
             state["step"].fill_(saved.num_updates)
-    for part in parts:
-        saved.read(part.name, part.first, part.master.view(-1)[part.start : part.end])
-        if saved.num_updates:
-            for kind in adamw.state_keys:
-                # An average that begins only now begins with the weights.
-                source = kind if kind in saved.kinds else "master"
-                saved.read(
-                    part.name, part.first, adamw.state[part.master][kind].view(-1)[part.start : part.end], source
-                )
+        for kind in ("master", *(key for key in state if key != "step")):
+            values = zero.lying(engine, master if kind == "master" else state[kind]).view(-1)
+            values.zero_()  # what pads it
+            # An average that begins only now begins with the weights.
+            source = kind if kind in saved.kinds else "master"
+            for part in parts:
+                saved.read(part.name, part.first, values[part.start : part.end], source)

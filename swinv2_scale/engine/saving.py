@@ -33,7 +33,7 @@ from torch import Tensor
 from swinv2_scale import dist
 from swinv2_scale.config.run import CheckpointConfig
 from swinv2_scale.durable import sync_file, sync_folder
-from swinv2_scale.engine import random_states, retention
+from swinv2_scale.engine import random_states, retention, zero
 from swinv2_scale.engine.checkpoint import MANIFEST, STATE, Checkpoint, FileRecord, manifest_text, name_of
 from swinv2_scale.engine.deepspeed_import import TorchCheckpointEngine
 from swinv2_scale.engine.evaluate import Validation
@@ -110,7 +110,7 @@ class Saver:
         begun = time.perf_counter()
         name = name_of(step)
         part = self._staging / name
-        self._snapshots.start()
+        self._snapshots.start(zero.swapped_files(self._engine))
         with _engine_saves_to(self._engine, self._snapshots):
             self._engine.save_checkpoint(str(self._staging), tag=name, save_latest=False)
         files: list[tuple[str, _Write]] = [(p.name, partial(torch.save, c)) for p, c in self._snapshots.taken]
@@ -121,8 +121,10 @@ class Saver:
         stalled = time.perf_counter() - begun
         future = self._executor.submit(self._write, part, files)
         self._save = _Save(step, part, self.folder / name, validation, begun, stalled, future)
-        if not self._policy.asynchronous:
+        # What lies in swap files isn't copied but read from there, and the next update writes there.
+        if not self._policy.asynchronous or self._snapshots.lying:
             self.finish()
+            self._snapshots.start({})
 
     def advance(self) -> None:
         """Go on with a checkpoint whose threads are done on all ranks.
@@ -255,11 +257,16 @@ class _Snapshots(TorchCheckpointEngine):  # type: ignore[misc]
     def __init__(self) -> None:
         self.name = "Snapshots"
         self.taken: list[tuple[Path, Any]] = []
+        self.lying: dict[int, Tensor] = {}
         self._buffers: list[Tensor] = []
         self._num_used = 0
 
-    def start(self) -> None:
-        self.taken, self._num_used = [], 0
+    def start(self, lying: dict[int, Tensor]) -> None:
+        """
+        Args:
+            lying: files that stand for tensors of these id()s, mapped.
+        """
+        self.taken, self._num_used, self.lying = [], 0, lying
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Nothing is written yet."""
@@ -271,6 +278,8 @@ class _Snapshots(TorchCheckpointEngine):  # type: ignore[misc]
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
+            if id(value) in self.lying:
+                return self.lying[id(value)]
             return self._copy_tensor(value.detach())
         if isinstance(value, dict):
             return type(value)((key, self._copy(item)) for key, item in value.items())
@@ -292,8 +301,9 @@ def _engine_saves_to(engine: Any, snapshots: _Snapshots) -> Iterator[None]:
     usual, engine.checkpoint_engine = engine.checkpoint_engine, snapshots
     # DeepSpeed copies two scripts into every checkpoint, outside its writer.
     engine._copy_recovery_script = lambda save_path: None
+    engine.zero_nvme_offload_optimizer = lambda: False  # and its swap files
     try:
         yield
     finally:
         engine.checkpoint_engine = usual
-        del engine._copy_recovery_script
+        del engine._copy_recovery_script, engine.zero_nvme_offload_optimizer

@@ -150,4 +150,4 @@ def begin_again(engine: Any, values: Callable[[], Iterable[tuple[str, Tensor]]])
     zero.assign(engine.module, values())
     if zero.adamw(engine) is not engine.optimizer:
         zero.assign_masters(engine, values())
-    zero.adamw(engine).state.clear()
+    zero.forget_moments(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Part:
     values of ``master``, flattened, from ``start`` on."""
 
     name: str
-    master: Tensor  # what AdamW steps on
+    master: Tensor  # what AdamW steps on; without values while they lie in a file, see lying()
     start: int
     first: int
     numel: int
@@ -79,7 +80,7 @@ def parts(engine: Any) -> list[Part]:
         for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
             start = 0
             for parameter in group:
-                size = parameter.ds_tensor.numel()
+                size = parameter.partition_numel()  # ds_tensor is empty where parameters lie in files
                 first = min(size * dist.rank(), parameter.ds_numel)
                 found.append(Part(names[parameter], flat, start, first, min(size, parameter.ds_numel - first)))
                 start += size
@@ -116,6 +117,52 @@ def adamw(engine: Any) -> AdamW:
     return optimizer if isinstance(optimizer, AdamW) else optimizer.optimizer
 
 
+def lying(engine: Any, tensor: Tensor) -> Tensor:
+    """The values of a master, a moment or an average wherever they lie: itself, or its swap file mapped, to be read
+    and written through. Let go of it before the next update.
+    """
+    for info in _swapped(engine):
+        for context in info.tensors:
+            if context.compute_tensor is tensor:
+                return torch.from_file(context.swap_path, shared=True, size=info.numel(), dtype=info.dtype())
+    return tensor
+
+
+def swapped_files(engine: Any) -> dict[int, Tensor]:
+    """All tensors of the optimizer that lie in files now, mapped, by the id() of what stands for them."""
+    contexts = [(info, context) for info in _swapped(engine) for context in info.tensors]
+    return {id(context.compute_tensor): lying(engine, context.compute_tensor) for _, context in contexts}
+
+
+def allocate(engine: Any, master: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a master, zeros where it had none, in a file where the master is."""
+    state = adamw(engine).allocate(master)
+    for info in _swapped(engine):
+        if info.tensors[0].compute_tensor is master and not info.has_state_tensors:
+            tensors = [state[key] for key in adamw(engine).state_keys]
+            for key, tensor in zip(adamw(engine).state_keys, tensors, strict=True):
+                tensor.ds_id = f"{key}-{info.param_id}"  # type: ignore[attr-defined]  # as its swapper names the file
+            info.add_state_tensors(tensors)
+            length = os.stat(info.tensors[0].swap_path).st_size
+            for context in info.tensors[1:]:
+                with open(context.swap_path, "wb") as file:
+                    file.truncate(length)
+    return state
+
+
+def forget_moments(engine: Any) -> None:
+    """AdamW remembers nothing, as before the first update."""
+    adamw(engine).state.clear()
+    if swapper := getattr(engine.optimizer, "optimizer_swapper", None):
+        swapper.purge_state()
+
+
+def _swapped(engine: Any) -> list[Any]:
+    """What DeepSpeed knows of each flat part whose master and moments are in files between updates."""
+    swapper = getattr(engine.optimizer, "optimizer_swapper", None)
+    return list(swapper.swap_params_info.values()) if swapper else []
+
+
 @torch.no_grad()
 def assign_masters(engine: Any, values: Iterable[tuple[str, Tensor]]) -> None:
     """Write whole float32 values into the float32 masters of a bf16 engine, unrounded.
@@ -127,7 +174,8 @@ def assign_masters(engine: Any, values: Iterable[tuple[str, Tensor]]) -> None:
         by_name[part.name].append(part)
     for name, value in values:
         for part in by_name[name]:
-            part.master.view(-1)[part.start : part.end].copy_(value.flatten().narrow(0, part.first, part.numel))
+            master = lying(engine, part.master).view(-1)
+            master[part.start : part.end].copy_(value.flatten().narrow(0, part.first, part.numel))
 
 
 @torch.no_grad()
@@ -145,13 +193,12 @@ def weights_from_masters(engine: Any, whole: Callable[[str], Tensor]) -> None:
         if not is_partitioned:
             parameter.copy_(whole(name))
         elif id(parameter) not in trained:
-            size = parameter.ds_tensor.numel()
-            flat = torch.zeros(size * dist.world_size())
-            flat[: parameter.ds_numel].copy_(whole(name).flatten())
-            parameter.ds_tensor.copy_(flat.narrow(0, size * dist.rank(), size))
+            assign(engine.module, [(name, whole(name))])
     if is_partitioned:
         # As DeepSpeed does after every update; parameters that stay whole on every rank are gathered again.
         optimizer.checkpoint_event_prologue()
-        for group in range(len(optimizer.fp16_groups)):
+        for group, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+            empty, master.data = master.data, lying(engine, master)
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            master.data = empty
         optimizer.checkpoint_event_epilogue()

@@ -99,9 +99,14 @@ def ways_to_fit(config: RunConfig, cluster: Cluster) -> list[Change]:
         if best > 0.95 * before:
             break  # what is left is not in the states
     if best > limit:
-        offload = f"{_ZERO}.offload_optimizer.device"
-        best = memory(changed(config, {offload: "cpu"}), gpus).total
-        changes.append(Change((f"{offload}=cpu",), gpus, "AdamW on the host's processors, over PCIe each step", best))
+        for key, price in (
+            ("engine.offload.optimizer_states", "AdamW on the host's processors, over PCIe each step"),
+            ("engine.offload.parameters", "weights over PCIe for every micro-batch"),
+        ):
+            if best > limit and (key.endswith("states") or config.engine.zero_stage == 3):
+                config = changed(config, {key: "cpu"})
+                best = memory(config, gpus).total
+                changes.append(Change((f"{key}=cpu",), gpus, price, best))
     return changes
 
 

@@ -164,5 +164,5 @@ def assumptions(cluster: Cluster) -> list[str]:
         f"{speeds.LATENCY_S * 1e6:g} us a collective, {speeds.LATENCY_PER_DOUBLING_S * 1e6:g} more for each doubling "
         f"of nodes; up to {speeds.OVERLAP:.0%} of arithmetic hides communication",
         f"{RESERVED_BYTES / 2**30:.1f} GiB for CUDA and NCCL, {FRAGMENTATION:.0%} of tensors lost to fragmentation",
-        "no time for data loading, evaluation, checkpoints, restarts and waiting for slower machines",
+        "no time for data loading, offloading, evaluation, checkpoints, restarts and waiting for slower machines",
     ]

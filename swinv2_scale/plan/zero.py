@@ -6,7 +6,8 @@ tests/distributed/test_plan.py compares these numbers with the tensors of live e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from swinv2_scale.config.run import RunConfig
@@ -83,6 +84,19 @@ class Sharding:
         return min(self.numel, max(self.config.engine.max_live_elements, reuse) + self.persistent)
 
     @property
+    def parameter_buffers(self) -> tuple[int, int]:
+        """(count, numbers of each): what parameters are read from files into, as many as can be whole at once."""
+        swapped = sorted(n for shape in self.shapes.values() if (n := math.prod(shape)) >= self._least_swapped)
+        room = self.live + self.config.engine.prefetch_bucket_elements
+        count = sum(1 for total in accumulate(swapped) if total <= room)
+        return max(count, 1), -(-max(swapped, default=1) // self.world_size)
+
+    @property
+    def _least_swapped(self) -> int:
+        """Numbers of the smallest parameter that is swapped: DeepSpeed keeps parts of less than 1 MiB in memory."""
+        return 2**20 // self.weight_width * self.world_size
+
+    @property
     def is_recomputing(self) -> bool:
         return self.config.engine.activation_checkpointing.backend != "none"
 
@@ -92,6 +106,28 @@ class Sharding:
         return 2 + (self.config.optim.ema_decay is not None)
 
     @property
+    def sum_width(self) -> int:
+        """Bytes of a number where the gradients of micro-batches are added up; stage 0 has no choice in DeepSpeed.
+
+        Where memory is so short that states are offloaded, one micro-batch's gradients aren't widened for nothing.
+        """
+        adds_nothing = self.stage == 3 and self.steps_on_host and self.accumulation_steps == 1
+        return self.weight_width if self.stage == 0 or adds_nothing else _WIDE
+
+    @property
+    def largest_sub_group(self) -> int:
+        """Numbers of the most that one process updates at once from files (engine.offload.sub_group_elements)."""
+        largest = 0
+        for group in parameter_groups(self.shapes, self.config.optim.layer_decay < 1):
+            numel = 0
+            for name in group.names:
+                numel += -(-math.prod(self.shapes[name]) // self.world_size)
+                largest = max(largest, numel)
+                if numel >= self.config.engine.offload.sub_group_elements:
+                    numel = 0
+        return largest
+
+    @property
     def accumulation_steps(self) -> int:
         return accumulation_steps(self.config, self.world_size)
 
@@ -99,10 +135,9 @@ class Sharding:
         """A number of DeepSpeed's ZeRO section, as overridden or by default."""
         return int(_overrides(self.config).get(key, _DEFAULTS[key]))
 
-    def is_offloaded(self, what: str) -> bool:
-        """``optimizer`` or ``param`` lie in host memory."""
-        section = _overrides(self.config).get(f"offload_{what}") or {}
-        return bool(section.get("device", "none") != "none")
+    @property
+    def steps_on_host(self) -> bool:
+        return self.config.engine.offload.optimizer_states != "none"
 
 
 @dataclass(frozen=True)
@@ -117,7 +152,8 @@ class States:
         gathered: stage 3: parameters that are whole for a while (or always, where they are small).
         buckets: gradients on their way to other processes.
         update: what reducing and updating needs beside them, when activations are gone.
-        host: of all these, what lies in host memory.
+        host: of all these, what lies in host memory instead; with the buffers that files are read into.
+        disk: what lies in files of the node instead.
     """
 
     weights: int
@@ -127,7 +163,8 @@ class States:
     gathered: int
     buckets: int
     update: int
-    host: int
+    host: int = 0
+    disk: int = 0
 
     @property
     def static(self) -> int:
@@ -145,14 +182,34 @@ def states(sharding: Sharding) -> States:
     gathered = sharding.live * width if sharding.stage == 3 else 0
     if sharding.stage == 3 and (hpz := sharding.override("zero_hpz_partition_size")) > 1:
         gathered += numel * width // hpz  # a second copy, shared by the processes of a node
-    host = 0
-    if sharding.is_offloaded("optimizer"):
-        host += masters + moments + part * _WIDE  # with the gradients that the update reads
-        masters = moments = 0
-    if sharding.is_offloaded("param"):
-        host += weights
-        weights = 0
-    return States(weights, masters, moments, gradients, gathered, _buckets(sharding), update, host)
+    found = States(weights, masters, moments, gradients, gathered, _buckets(sharding), update)
+    return _parameters_elsewhere(sharding, _optimizer_elsewhere(sharding, found))
+
+
+def _optimizer_elsewhere(sharding: Sharding, on_gpu: States) -> States:
+    """Gradients follow the masters: float32 ones for the update, and at stage 3 their sums too."""
+    if not sharding.steps_on_host:
+        return on_gpu
+    moved = on_gpu.masters + on_gpu.moments + sharding.part * _WIDE
+    found = replace(on_gpu, masters=0, moments=0)
+    if sharding.stage < 3:
+        return replace(found, host=moved)
+    found = replace(found, gradients=0, update=0, host=sharding.part * sharding.sum_width)
+    if sharding.config.engine.offload.optimizer_states == "cpu":
+        return replace(found, host=found.host + moved)
+    buffers = (2 + sharding.num_moments) * sharding.largest_sub_group * _WIDE
+    return replace(found, host=found.host + buffers, disk=moved)
+
+
+def _parameters_elsewhere(sharding: Sharding, found: States) -> States:
+    place = sharding.config.engine.offload.parameters
+    if place == "none":
+        return found
+    if place == "cpu":
+        return replace(found, weights=0, host=found.host + found.weights)
+    count, elements = sharding.parameter_buffers
+    host = found.host + count * elements * sharding.weight_width
+    return replace(found, weights=0, host=host, disk=found.disk + found.weights)
 
 
 def checkpoint_bytes(sharding: Sharding) -> tuple[int, int]:
@@ -177,7 +234,7 @@ def _gradients(sharding: Sharding) -> tuple[int, int]:
     is_bf16 = width < _WIDE
     if sharding.stage == 0:  # reduced in flat pieces; in bf16 the update reads float32 copies of all
         return numel * width, min(numel, _FALLBACK_BUCKET) * width + numel * _WIDE * is_bf16
-    if sharding.stage == 1 and is_bf16 and not sharding.is_offloaded("optimizer"):
+    if sharding.stage == 1 and is_bf16 and not sharding.steps_on_host:
         # DeepSpeed's BF16_Optimizer: bf16 ones, and a float32 sum of all on every process, which are reduced in bf16.
         # Two groups that fit one piece are copied side by side first.
         padded, is_copied = sharding.padded, numel <= _FALLBACK_BUCKET

@@ -37,6 +37,7 @@ def test_activation_checkpointing_gives_the_same_bits_under_zero_3(tmp_path: Pat
     ways = [
         [f"{key}.backend=none"],
         [f"{key}.backend=torch"],
+        [f"{key}.backend=torch", f"{key}.offload=true"],
         [f"{key}.backend=fairscale"],
         [f"{key}.backend=fairscale", f"{key}.offload=true"],
     ]

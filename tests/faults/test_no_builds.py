@@ -13,7 +13,7 @@ from tests.support.small_run import write_config
 def test_f23_a_job_trains_without_a_compiler_and_locks_and_builds_nothing(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ZeRO-3 in bf16 with checkpointing, by two processes: all that DeepSpeed could want an operator for."""
+    """ZeRO-3 in bf16 with checkpointing and files, by two processes: all that DeepSpeed could want an operator for."""
     for name in ("extensions", "programs", "home"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
@@ -22,7 +22,9 @@ def test_f23_a_job_trains_without_a_compiler_and_locks_and_builds_nothing(
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     config = write_config(tmp_path, shards)
-    finished = pretrain("--config", config, "--run-dir", tmp_path / "run", "--steps", 1, processes=2)
+    files = [f"engine.offload.{what}=nvme" for what in ("optimizer_states", "parameters")]
+    files += [f"engine.offload.nvme_dir={tmp_path}/swap"]
+    finished = pretrain("--config", config, "--run-dir", tmp_path / "run", "--steps", 1, *files, processes=2)
     assert finished.code == 0, finished.output
     assert list((tmp_path / "extensions").rglob("*")) == []
     assert not list((tmp_path / "home").rglob("*torch_extensions*"))

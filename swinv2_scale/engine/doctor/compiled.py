@@ -102,7 +102,8 @@ def _is_held(path: Path) -> bool:
 
 def operators_needed(config: RunConfig) -> list[str]:
     """What a job of this configuration compiles at its start where it isn't compiled yet; nothing without experts'
-    settings: the optimizer is torch's, and on CPUs the shared-memory transport is off (engine/deepspeed_import.py).
+    settings: the optimizer is torch's, files are read and written by engine/swap_files.py, and on CPUs the
+    shared-memory transport is off (engine/deepspeed_import.py).
     """
     zero: Mapping[str, Any] = config.engine.deepspeed_overrides.get("zero_optimization", {})
     is_quantized = zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")

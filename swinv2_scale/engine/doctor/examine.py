@@ -26,7 +26,7 @@ _LOCAL_S = 12
 #: Of the table; what isn't here comes last.
 _ORDER = (
     *("processes", "group", "versions", "code", "configuration", "accelerator", "training data", "validation data"),
-    *("memory", host.SHARED_MEMORY, storage.FREE, storage.SHARED, "ulimit -n", "compiled operators"),
+    *("memory", host.SHARED_MEMORY, storage.FREE, storage.SWAP, storage.SHARED, "ulimit -n", "compiled operators"),
     *("clocks", "network", "network settings", "address of rank 0"),
 )
 _SAME_FILES = "make every node see the same files and the same environment"
@@ -125,6 +125,8 @@ class Examination:
             checks["compiled operators"] = lambda: compiled.look_at_operators(config)
             if config:
                 checks["training data"] = lambda: shards.look_at_shards(config)
+            if config and config.engine.offload.uses_nvme:
+                checks[storage.SWAP] = lambda: [Finding(storage.SWAP, storage.check_swap_space(config))]
         if dist.rank() == 0:
             checks["processes"] = lambda: host.look_at_cluster(config)
             if run_dir:

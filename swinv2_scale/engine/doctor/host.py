@@ -26,6 +26,7 @@ from swinv2_scale.launchers.place import find
 from swinv2_scale.launchers.processes import own_launcher
 from swinv2_scale.models.ops.attend import resolve
 from swinv2_scale.models.tiles import tiling
+from swinv2_scale.plan import zero
 from swinv2_scale.plan.batch import accumulation_steps
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  where torch puts what loader workers hand over
@@ -134,8 +135,10 @@ def look_at_memory(config: RunConfig | None) -> list[Finding]:
         return [memory, folder]
     batches = dist.local_world_size() * _loader_bytes(config)
     copies = checkpoint_bytes(config) * dist.local_world_size() // dist.world_size()  # of what a save writes
-    states = 0 if torch.cuda.is_available() else copies * 4 // 3
-    needed = batches + (copies if config.checkpoint.asynchronous else 0) + states
+    held = zero.states(zero.Sharding.of(config, dist.world_size()))
+    states = held.host if torch.cuda.is_available() else held.host + held.static + held.gradients
+    is_copied = config.checkpoint.asynchronous and config.engine.offload.optimizer_states != "nvme"
+    needed = batches + (copies if is_copied else 0) + states * dist.local_world_size()
     text = f"{memory.found}, its processes take about {size(needed)} besides activations"
     findings = [Finding("memory", text, amount=available)]
     if available < needed:

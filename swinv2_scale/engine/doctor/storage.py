@@ -28,7 +28,7 @@ _ANSWER_S = 12.0
 _KEEP_SIZE = 1
 #: Each process of a save writes a handful of files.
 _INODES = 10_000
-FREE, SHARED = "disk for checkpoints", "run directory"
+FREE, SWAP, SHARED = "disk for checkpoints", "disk for offloading", "run directory"
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -54,11 +54,38 @@ def check_before_training(config: RunConfig, checkpoints: Path) -> None:
         log().warning("%s; %s", lock.text, lock.advice)
 
 
-def look_at_disk(config: RunConfig | None, run_dir: Path) -> list[Finding]:
-    """Free space where the run directory is or will be, with what quotas leave of it; by one process alone."""
-    folder = run_dir / "checkpoints"
+def check_swap_space(config: RunConfig) -> str:
+    """Whether what this node's processes offload fits ``engine.offload.nvme_dir``; by every rank, before training.
+
+    Returns:
+        What there is, and what it takes.
+
+    Raises:
+        OutputError: it doesn't fit.
+    """
+    if not config.engine.offload.uses_nvme:
+        return "nothing is offloaded to files"
+    folder = Path(str(config.engine.offload.nvme_dir)).absolute()
+    free = shutil.disk_usage(_existing(folder)).free
+    needed = zero.states(zero.Sharding.of(config, dist.world_size())).disk * dist.local_world_size()
+    text = (
+        f"engine.offload.nvme_dir {folder} has {size(free)} free, what a node's processes offload takes {size(needed)}"
+    )
+    if free < needed:
+        raise OutputError(text, "free some space, name a folder on a larger disk, or use more nodes")
+    return text
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
     while not folder.exists():
         folder = folder.parent
+    return folder
+
+
+def look_at_disk(config: RunConfig | None, run_dir: Path) -> list[Finding]:
+    """Free space where the run directory is or will be, with what quotas leave of it; by one process alone."""
+    folder = _existing(run_dir / "checkpoints")
     free, inodes = shutil.disk_usage(folder).free, os.statvfs(folder).f_favail
     needed = _CHECKPOINTS * checkpoint_bytes(config) if config else 0
     text = f"{size(free)} free on {_mount_point(folder)}" + (f", two take {size(needed)}" if needed else "")

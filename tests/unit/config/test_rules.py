@@ -218,18 +218,47 @@ def test_fairscale_with_autocast_is_refused_with_two_ways_out():
     assert problems(**wanted | {"engine__precision": "bf16"}) == []
 
 
-@pytest.mark.parametrize("backend", ["none", "torch"])
-def test_only_fairscale_offloads_block_inputs(backend):
-    (problem,) = problems(
-        engine__activation_checkpointing__backend=backend, engine__activation_checkpointing__offload=True
-    )
+@pytest.mark.parametrize("backend", ["none", "torch", "fairscale"])
+def test_block_inputs_are_offloaded_where_blocks_are_checkpointed(backend):
+    checkpointing = "engine__activation_checkpointing__"
+    found = problems(**{f"{checkpointing}backend": backend, f"{checkpointing}offload": True})
+    if backend != "none":
+        assert found == []
+        return
+    (problem,) = found
     assert problem.key == "engine.activation_checkpointing.offload"
-    assert "only fairscale" in problem.message
-    assert backend in problem.message
-    assert (
-        problems(engine__activation_checkpointing__backend="fairscale", engine__activation_checkpointing__offload=True)
-        == []
+    assert "backend torch or fairscale" in problem.message
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("place", ["none", "cpu", "nvme"])
+@pytest.mark.parametrize(
+    ("what", "least"), [("optimizer_states", {"cpu": 1, "nvme": 3}), ("parameters", {"cpu": 3, "nvme": 3})]
+)
+def test_what_can_be_offloaded_depends_on_the_stage(what, least, place, stage):
+    found = problems(
+        engine__zero_stage=stage, **{f"engine__offload__{what}": place, "engine__offload__nvme_dir": "/scratch"}
     )
+    if stage >= least.get(place, 0):
+        assert found == []
+        return
+    (problem,) = found
+    assert problem.key == f"engine.offload.{what}"
+    assert f"it is {stage}" in problem.message
+
+
+@pytest.mark.parametrize("what", ["optimizer_states", "parameters"])
+def test_files_need_a_folder(what):
+    (problem,) = problems(**{f"engine__offload__{what}": "nvme"})
+    assert problem.key == "engine.offload.nvme_dir"
+    assert f"engine.offload.{what} is nvme" in problem.message
+
+
+def test_the_size_of_sub_groups_in_files_has_one_key():
+    wanted = {"engine__deepspeed_overrides": {"zero_optimization": {"sub_group_size": 1000}}}
+    assert problems(**wanted) == []
+    (problem,) = problems(**wanted, engine__offload__optimizer_states="nvme", engine__offload__nvme_dir="/scratch")
+    assert "engine.offload.sub_group_elements" in problem.message
 
 
 @pytest.mark.parametrize(
@@ -246,12 +275,7 @@ def test_only_fairscale_offloads_block_inputs(backend):
             "zero_optimization.sub_group_size",
         ),
         ({"wall_clock_brakdown": True}, "wall_clock_brakdown", "wall_clock_breakdown"),
-        ({"aio": {"queue_dept": 8}}, "aio.queue_dept", "aio.queue_depth"),
-        (
-            {"zero_optimization": {"offload_optimizer": {"pin_memry": True}}},
-            "zero_optimization.offload_optimizer.pin_memry",
-            "zero_optimization.offload_optimizer.pin_memory",
-        ),
+        ({"aio": {"queue_depth": 8}}, "aio.queue_depth", None),  # its file operator isn't used
         ({"zero_optimization": {"qwzxj": 1}}, "zero_optimization.qwzxj", None),
     ],
 )
@@ -348,6 +372,8 @@ def test_independent_mistakes_are_all_found():
         ("optim.warmup_steps", "fixed"),
         ("engine.precision", "warn"),
         ("engine.activation_checkpointing.offload", "free"),
+        ("engine.offload.optimizer_states", "warn"),
+        ("engine.offload.nvme_dir", "free"),
         ("engine.deepspeed_overrides.wall_clock_breakdown", "fixed"),
         ("checkpoint.keep", "free"),
         ("logging.tensorboard", "free"),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from swinv2_scale import dist
 from swinv2_scale.config.loader import load_config
@@ -43,6 +44,25 @@ def test_overrides_are_merged_into_their_sections() -> None:
     zero = translate(load_config(GIANT, overrides).config, 512)["zero_optimization"]
     assert zero["stage3_max_reuse_distance"] == 5
     assert zero["stage"] == 3
+
+
+def test_the_giant_stage_with_everything_in_files_is_sent_as_this() -> None:
+    offload = ("optimizer_states=nvme", "parameters=nvme", "nvme_dir=/scratch", "sub_group_elements=1_000_000")
+    settings = [*(f"engine.offload.{setting}" for setting in offload), "optim.ema_decay=0.9999"]
+    limits = ["engine.max_live_elements=0", "engine.prefetch_bucket_elements=0"]
+    limits += ["engine.deepspeed_overrides.zero_optimization.stage3_max_reuse_distance=120_000_000"]
+    sent = translate(load_config(GIANT, [*settings, *limits]).config, 512)
+    place = {"device": "nvme", "nvme_path": "/scratch", "pin_memory": torch.cuda.is_available()}
+    # Master, gradient, two moments, average.
+    assert sent["zero_optimization"]["offload_optimizer"] == {**place, "buffer_count": 5}
+    assert sent["zero_optimization"]["sub_group_size"] == 1_000_000
+    # Parts of 512 processes below 1 MiB stay in memory: all of it.
+    assert sent["zero_optimization"]["offload_param"] == {**place, "max_in_cpu": 0, "buffer_count": 1, "buffer_size": 1}
+    assert "data_types" not in sent  # one micro-batch: nothing is added up
+    # The largest weight, and as many of the smallest as 40 million and the small ones that stay whole allow.
+    alone = translate(load_config(GIANT, [*settings, *limits, "data.global_batch_size=18"]).config, 1)
+    assert alone["zero_optimization"]["offload_param"]["buffer_size"] == 4096 * 16384
+    assert alone["zero_optimization"]["offload_param"]["buffer_count"] > 1
 
 
 def test_accumulation_follows_from_the_global_batch() -> None:

@@ -181,9 +181,10 @@ def test_giant_at_1536_px_needs_sequential_attention_in_every_stage():
     assert peaks["sequential"] < 8 * 2**30 < 20 * 2**30 < peaks["eager"]
 
 
-def test_offloaded_block_inputs_are_on_the_host():
+@pytest.mark.parametrize("backend", ["torch", "fairscale"])
+def test_offloaded_block_inputs_are_on_the_host(backend):
     checkpointing = "engine.activation_checkpointing"
-    plain = load_config(CONFIGS / GIANT, [f"{checkpointing}.backend=fairscale"]).config
-    offloaded = load_config(CONFIGS / GIANT, [f"{checkpointing}.backend=fairscale", f"{checkpointing}.offload=true"])
+    plain = load_config(CONFIGS / GIANT, [f"{checkpointing}.backend={backend}"]).config
+    offloaded = load_config(CONFIGS / GIANT, [f"{checkpointing}.backend={backend}", f"{checkpointing}.offload=true"])
     on_device, on_host = activations(plain), activations(offloaded.config)
     assert on_host.host == on_device.kept - on_host.kept > 0 == on_device.host

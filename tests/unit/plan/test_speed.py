@@ -93,7 +93,7 @@ def test_a_gpu_too_small_for_anything_is_told_so_in_the_end():
     tiny = replace(A100, memory_bytes=2**30)
     last = ways_to_fit(GIANT, Cluster(tiny, 64, 8))[-1]
     assert last.total > tiny.memory_bytes
-    assert "offload_optimizer" in last.overrides[0]
+    assert "engine.offload.parameters=cpu" in last.overrides[0]
 
 
 def test_more_gpus_are_advised_before_offloading():

@@ -112,6 +112,21 @@ def test_interfaces_are_read_as_nccl_reads_them(monkeypatch: pytest.MonkeyPatch,
     assert host.look_at_network()[0].state is State.OK
 
 
+def test_a_disk_without_room_for_what_is_offloaded_is_a_problem(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_disk = ["engine.offload.optimizer_states=nvme", f"engine.offload.nvme_dir={tmp_path}/not/yet"]
+    _, found = checks(capsys, config, *on_disk)
+    assert f"nvme_dir {tmp_path}/not/yet:" in found[storage.SWAP]["found"]
+    _, found = checks(capsys, config)
+    assert storage.SWAP not in found
+    code, found = checks(capsys, config, *on_disk, *ENDLESS)
+    assert code == 78
+    assert found[storage.SWAP]["state"] == "problem"
+    assert "a folder on a larger disk" in found[storage.SWAP]["advice"]
+    assert not (tmp_path / "not").exists()
+
+
 def test_a_disk_without_room_for_two_checkpoints_is_a_problem(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
