@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/giant_step.py --folder DISK > benchmarks/results/giant_step_HARDWARE_YYYYMM.md
 
-1. The giant stage (configs/simmim/) as it is, but for the batch (one photograph) and where things lie: ZeRO-3, bf16,
+1. The giant stage (configs/stages/giant/) as it is, but for the batch (one photograph) and where things lie: ZeRO-3, bf16,
    optimizer states in files under --folder, by the real engine (engine/job.build_engine) and the real step
    (engine/step.train_step). The same batch again and again, with a learning rate to match, so that the loss has to
    fall. The disk is looked at before anything is built. Peaks are of resident memory, each phase its own.
@@ -45,7 +45,7 @@ from swinv2_scale.plan.zero import Sharding, states
 from swinv2_scale.tasks.simmim import SimMIMTask
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIG = REPOSITORY / "configs" / "simmim" / "simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml"
+CONFIG = REPOSITORY / "configs" / "stages" / "giant" / "simmim_192w12.yaml"
 DATA = ("data.train=embedded:photographs/train", "data.validation=null", "data.num_workers=0")
 #: One photograph a step; small buffers, as nobody has to wait for a network.
 SMALL_BUFFERS = (

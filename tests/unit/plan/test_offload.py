@@ -13,7 +13,7 @@ from swinv2_scale.plan.machines import DEVICES, Cluster
 from swinv2_scale.plan.zero import Sharding, States, states
 from tests.support.processes import REPOSITORY
 
-GIANT = load_config(REPOSITORY / "configs/simmim/simmim_pretrain__swinv2_giant__img192_window12__20ep.yaml").config
+GIANT = load_config(REPOSITORY / "configs/stages/giant/simmim_192w12.yaml").config
 NUMEL = 3_010_430_176
 #: One GPU, one image of 1536 px, attention sequential throughout.
 LARGE: dict[str, Any] = {

@@ -117,7 +117,7 @@ def test_a_disk_without_room_for_what_is_offloaded_is_a_problem(
 ) -> None:
     on_disk = ["engine.offload.optimizer_states=nvme", f"engine.offload.nvme_dir={tmp_path}/not/yet"]
     _, found = checks(capsys, config, *on_disk)
-    assert f"nvme_dir {tmp_path}/not/yet:" in found[storage.SWAP]["found"]
+    assert f"nvme_dir {tmp_path}/not/yet has " in found[storage.SWAP]["found"]
     _, found = checks(capsys, config)
     assert storage.SWAP not in found
     code, found = checks(capsys, config, *on_disk, *ENDLESS)
