@@ -182,3 +182,8 @@ def test_a_damaged_image_on_one_rank_ends_all_of_them_with_its_name(folder: Path
     assert allowed.code == 0, allowed.output
     found = json.loads(result(folder, 2))
     assert (found["samples"], found["damaged"]) == (39, 1)
+
+
+def test_without_a_run_it_is_asked_which_weights_are_meant(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_evaluate(["--config", str(folder / "stage.yaml")]) == 78
+    assert "--weights RUN" in capsys.readouterr().err
