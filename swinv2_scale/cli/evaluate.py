@@ -13,7 +13,7 @@ from rich.table import Table
 from swinv2_scale.cli.progress import progress_bar
 from swinv2_scale.cli.train import default_run_dir, run_script, script_parser
 from swinv2_scale.config.loader import LoadedConfig
-from swinv2_scale.errors import ExitCode, printable
+from swinv2_scale.errors import ConfigError, ExitCode, printable
 
 #: With more classes the table shows the worst of them; the JSON has all.
 _MOST_SHOWN = 40
@@ -37,6 +37,8 @@ def _run(loaded: LoadedConfig, arguments: argparse.Namespace) -> ExitCode:
     from swinv2_scale.engine.evaluation_job import EvaluationOptions, run_evaluation
 
     run = default_run_dir(Path(arguments.config))
+    if arguments.weights is None and not run.exists():
+        raise ConfigError(f"{run} is where {arguments.config} is trained, and isn't there", "say which: --weights RUN")
     options = EvaluationOptions(
         arguments.weights or run, arguments.output or run / "evaluation", arguments.best, arguments.average
     )

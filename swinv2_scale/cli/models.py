@@ -72,6 +72,7 @@ def add_commands(commands: Any) -> None:
         "--picture", type=Path, default=Path("predictions.png"), metavar="PNG", help="where it is drawn (replaced)"
     )
     predict.add_argument("--json", action="store_true", help="for scripts")
+    add_average(predict)
     _add_fields(predict)
     predict.set_defaults(run=_predict)
 
@@ -178,7 +179,8 @@ def _predict(arguments: argparse.Namespace) -> None:
     from swinv2_scale.tasks.prediction import Classifier, draw_predictions, find_images
 
     paths = find_images(arguments.images)
-    classifier = Classifier(open_any(arguments.weights), arguments.labels, **model_fields(arguments.fields))
+    weights = open_any(arguments.weights, "ema" if arguments.ema else "master")
+    classifier = Classifier(weights, arguments.labels, **model_fields(arguments.fields))
     found = []
     for path in paths:
         prediction = classifier.predict(path, arguments.top_k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,11 +210,16 @@ def _autocast(config: RunConfig) -> torch.autocast:
 
 
 def _watched(batches: Iterator[Batch], inputs: Inputs, show: ShowProgress) -> Iterator[Batch]:
-    stride = inputs.config.data.micro_batch_size * dist.world_size()
-    for number, batch in enumerate(batches, 1):
+    """The batches; on rank 0 each is shown when it is done with, and every tenth of the way is a line of the log."""
+    stride, total = inputs.config.data.micro_batch_size * dist.world_size(), inputs.num_held_back
+    done = 0
+    for batch in batches:
         yield batch
+        before, done = done, min(done + stride, total)
         if dist.rank() == 0:
-            show(min(number * stride, inputs.num_held_back), inputs.num_held_back)
+            show(done, total)
+        if 10 * before // total < 10 * done // total and not sys.stderr.isatty():
+            log().info("%s of %s images", f"{done:,}", f"{total:,}")
 
 
 def _report(

@@ -70,7 +70,7 @@ class FrozenModel:
 
     @torch.no_grad()  # not inference_mode: what is fitted to its tensors needs gradients
     def features(self, pattern: str, shards_dir: Path, num_workers: int, show: Callable[[int, int], None]) -> Features:
-        """Of all samples of shards, in their order.
+        """Of all samples of shards, in their order, on the device of this process.
 
         Args:
             pattern: as ``data.train``, ``embedded:NAME`` included, which is written to ``shards_dir``.
@@ -94,9 +94,10 @@ class FrozenModel:
         values, labels = [], []
         with closing(evaluation_batches(dataset, share, shards.num_samples)) as batches:
             for number, batch in enumerate(batches, 1):
-                counts = batch.arrays["weight"] > 0  # the last batch is filled up
-                pixels = normalised(batch.arrays["images"].to(dist.device()), *self._normalisation)
-                values.append(self._model.forward_features(pixels).cpu()[counts])
-                labels.append(batch.arrays["labels"][counts])
+                arrays = batch.to(dist.device()).arrays
+                counts = arrays["weight"] > 0  # the last batch is filled up
+                pixels = normalised(arrays["images"], *self._normalisation)
+                values.append(self._model.forward_features(pixels)[counts])
+                labels.append(arrays["labels"][counts])
                 show(min(number * _BATCH, shards.num_samples), shards.num_samples)
         return Features(torch.cat(values), torch.cat(labels))

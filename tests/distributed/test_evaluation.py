@@ -166,3 +166,24 @@ def test_labels_that_the_model_has_no_class_for_are_refused(
 ) -> None:
     assert in_process(folder, write(folder, name, labels, **schema), "data.num_workers=0") == 65
     assert said in capsys.readouterr().err
+
+
+def test_a_damaged_image_on_one_rank_ends_all_of_them_with_its_name(folder: Path) -> None:
+    pattern = write(folder, "damaged", ["3"] * 40)
+    tar = folder / "damaged" / "000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[content.index(b"IDAT", len(content) // 2) + 9] ^= 255
+    tar.write_bytes(content)
+    finished = evaluate(folder, pattern, processes=2)
+    assert finished.code == 65
+    assert finished.output.count("error:") == 1
+    assert "is damaged: its checksum differs" in finished.output
+    allowed = evaluate(folder, pattern, "data.max_quarantined_share=0.1", processes=2)
+    assert allowed.code == 0, allowed.output
+    found = json.loads(result(folder, 2))
+    assert (found["samples"], found["damaged"]) == (39, 1)
+
+
+def test_without_a_run_it_is_asked_which_weights_are_meant(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_evaluate(["--config", str(folder / "stage.yaml")]) == 78
+    assert "--weights RUN" in capsys.readouterr().err

@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from swinv2_scale.engine.checkpoint import open_run_or_checkpoint, read_state
+from swinv2_scale.cli.main import main
+from swinv2_scale.config.tasks import CropRule
+from swinv2_scale.data.sources.embedded import _CLASSES as EMBEDDED_CLASSES
+from swinv2_scale.engine.checkpoint import find, open_run_or_checkpoint, read_state
 from swinv2_scale.engine.consolidate import SavedTensors
+from swinv2_scale.engine.start import open_source
+from swinv2_scale.models.backbone import SwinV2
+from swinv2_scale.weights.api import load_into
 from tests.support.processes import Finished, start
 from tests.support.small_run import metrics, write_config
 
@@ -133,3 +142,46 @@ def test_what_cannot_be_fine_tuned_is_said_before_training(
     assert message in found.output
     assert "step 1/" not in found.output
     assert found.output.count("error:") == 1
+
+
+def test_an_evaluation_of_the_run_finds_what_its_own_validation_found(
+    tmp_path: Path, config: Path, pretrained: Path, unbroken: Path
+) -> None:
+    script = ROOT / "launch" / "evaluate.py"
+    changes = (*words(pretrained), "evaluation.samples=24", "--best", "--weights", unbroken, "--output", tmp_path)
+    found = start(script, "--config", config, *changes, processes=1).wait()
+    assert found.code == 0, found.output
+    best = min(find(unbroken / "checkpoints"), key=lambda checkpoint: (checkpoint.score, -checkpoint.step))
+    report = json.loads((tmp_path / f"step-{best.step:08d}-48px-window6.json").read_text())
+    # At stage 3 DeepSpeed replaces F.linear: in bf16 it adds the bias to a product that was rounded already.
+    assert report["metrics"]["loss"] == pytest.approx(best.validation_loss, rel=1e-3)
+    assert 1 - report["metrics"]["top1"] == pytest.approx(best.score, abs=1.5 / 24)  # one sample of 24
+    assert report["pretrained_window_sizes"] == [4, 4]
+    assert report["per_class"][0]["name"] == "T-shirt/top"
+
+
+def test_a_run_predicts_with_its_own_crop_size_windows_and_class_names(
+    tmp_path: Path, pretrained: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.linear_gradient("L").resize((60, 40)).save(tmp_path / "image.png")
+    command = [str(tmp_path / "image.png"), "--json", "--picture", str(tmp_path / "p.png")]
+    assert main(["predict", str(unbroken), *command]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert {name for name, _ in found["top"]} <= set(EMBEDDED_CLASSES)
+    weights = open_source(unbroken)
+    assert weights.facts.crop == CropRule(0.875, "center", "bicubic")
+    model = SwinV2(weights.config()).eval()
+    load_into(model, weights)
+    assert (model.config.image_size, model.config.window_size) == (48, 6)
+    picture = Resize(int(48 / 0.875), InterpolationMode.BICUBIC)(Image.open(tmp_path / "image.png"))
+    pixels = (np.asarray(CenterCrop(48)(picture), np.float32) / 255 - np.float32(0.286)) / np.float32(0.353)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(pixels)[None, None])[0].softmax(0)
+    assert [p for _, p in found["top"]] == pytest.approx(wanted.sort(descending=True).values[:5].tolist(), rel=1e-5)
+    # What was exported knows the same.
+    assert main(["export", str(unbroken), str(tmp_path / "e.safetensors"), "--format", "native"]) == 0
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "e.safetensors"), *command]) == 0
+    assert json.loads(capsys.readouterr().out) == [found]
+    assert main(["predict", str(pretrained), *command]) == 65
+    assert "launch/finetune.py" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import swinv2_scale
 from swinv2_scale.config.model import ModelConfig
+from swinv2_scale.config.tasks import CropRule
 from swinv2_scale.errors import WeightsError
 from swinv2_scale.weights import write
 from swinv2_scale.weights.api import load_weights, save_weights
@@ -514,3 +515,18 @@ def test_what_a_file_does_not_say_can_be_given(tmp_path: Path) -> None:
         {**classifier().config.model_dump(), "image_size": 64, "window_size": 8, "pretrained_window_sizes": (6, 3)}
     )
     assert found == expected
+
+
+def test_the_crop_of_evaluations_travels_with_our_own_files(tmp_path: Path) -> None:
+    facts = Facts(crop=CropRule(1.0, "squash", "bilinear"))
+    save_weights(classifier(), tmp_path / "x.safetensors", facts=facts)
+    assert open_weights(tmp_path / "x.safetensors").facts.crop == facts.crop
+    save_weights(classifier(), tmp_path / "y.safetensors")
+    assert open_weights(tmp_path / "y.safetensors").facts.crop is None
+
+
+@pytest.mark.parametrize("crop", [(2.0, "center", "bicubic"), (0.9, "middle", "bicubic"), (0.9, "center", "x"), ("a",)])
+def test_a_crop_that_is_none_is_refused(tmp_path: Path, crop: Any) -> None:
+    save_weights(classifier(), tmp_path / "x.safetensors", facts=Facts(crop=crop))
+    with pytest.raises(WeightsError, match="its own description"):
+        open_weights(tmp_path / "x.safetensors")
