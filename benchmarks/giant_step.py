@@ -5,7 +5,7 @@
 1. The giant stage (configs/stages/giant/) as it is, but for the batch (one photograph) and where things lie: ZeRO-3, bf16,
    optimizer states in files under --folder, by the real engine (engine/job.build_engine) and the real step
    (engine/step.train_step). The same batch again and again, with a learning rate to match, so that the loss has to
-   fall. The disk is looked at before anything is built. Peaks are of resident memory, each phase its own.
+   fall. build_engine looks at the disk before anything is built. Peaks are of resident memory, each phase its own.
 2. G's depths at a quarter of its width, by real jobs (launch/pretrain.py) with states in files: four steps without a
    break, then two, and two more of a new process that resumes; and two that resume without offloading. All numbers that
    are written down have to be equal; without offloading but for the gradient's norm, which DeepSpeed adds up in another
@@ -36,7 +36,6 @@ from machine import describe_machine, describe_versions
 
 from swinv2_scale import dist
 from swinv2_scale.config.loader import load_config
-from swinv2_scale.engine.doctor.storage import check_swap_space
 from swinv2_scale.engine.inputs import open_inputs
 from swinv2_scale.engine.job import build_engine
 from swinv2_scale.engine.step import train_step
@@ -89,7 +88,6 @@ def full_size(folder: Path, has_gpu: bool) -> None:
     config = load_config(CONFIG, settings).config
     planned = states(Sharding.of(config, 1))
     dist.start(600)
-    check_swap_space(config)
     free = shutil.disk_usage(folder).free
     print(f"\n## Full size, {'on the GPU' if has_gpu else 'optimizer states in files'}\n")
     print(f"- states planned: {planned.disk / 1e9:.1f} GB of {free / 1e9:.1f} GB free on the disk", flush=True)

@@ -108,10 +108,13 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     Args:
         loading: weights to begin with; None draws all of them.
         will_load: a checkpoint comes next: leave the values undefined.
+
+    Raises:
+        OutputError: on every rank, if what is to be offloaded to files can't be.
     """
     started = time.perf_counter()
     ds_config = translate(config, dist.world_size())
-    swap = SwapFolder(config.engine.offload) if config.engine.offload.uses_nvme else None
+    swap = _claim_swap_folder(config) if config.engine.offload.uses_nvme else None
     model = zero.build(task.build_model, ds_config)
     shapes = zero.full_shapes(model)
     if not will_load:
@@ -139,6 +142,13 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     return engine
 
 
+def _claim_swap_folder(config: RunConfig) -> SwapFolder:
+    """Room for what is offloaded to files, known to be enough once what killed jobs left there is gone."""
+    folder = dist.all_agree(lambda: SwapFolder(config.engine.offload), "preparing engine.offload.nvme_dir")
+    dist.all_agree(lambda: check_swap_space(config), "looking at the disk of engine.offload.nvme_dir")
+    return folder
+
+
 def _run(
     loaded: LoadedConfig, options: JobOptions, directory: RunDirectory, stop_request: StopRequest, watchdog: Watchdog
 ) -> ExitCode:
@@ -160,7 +170,6 @@ def _run(
         return ExitCode.DONE
 
     dist.on_rank_zero(lambda: check_before_training(config, directory.checkpoints), "looking at the disk")
-    dist.all_agree(lambda: check_swap_space(config), "looking at the disk of engine.offload.nvme_dir")
     task: Task = task_type(config)
     task.labels = inputs.labels
     watchdog.enter("building the model")

@@ -124,14 +124,13 @@ def lying(engine: Any, tensor: Tensor) -> Tensor:
     for info in _swapped(engine):
         for context in info.tensors:
             if context.compute_tensor is tensor:
-                return torch.from_file(context.swap_path, shared=True, size=info.numel(), dtype=info.dtype())
+                return _mapped(info, context)
     return tensor
 
 
 def swapped_files(engine: Any) -> dict[int, Tensor]:
     """All tensors of the optimizer that lie in files now, mapped, by the id() of what stands for them."""
-    contexts = [(info, context) for info in _swapped(engine) for context in info.tensors]
-    return {id(context.compute_tensor): lying(engine, context.compute_tensor) for _, context in contexts}
+    return {id(context.compute_tensor): _mapped(info, context) for info in _swapped(engine) for context in info.tensors}
 
 
 def allocate(engine: Any, master: Tensor) -> dict[str, Tensor]:
@@ -161,6 +160,10 @@ def _swapped(engine: Any) -> list[Any]:
     """What DeepSpeed knows of each flat part whose master and moments are in files between updates."""
     swapper = getattr(engine.optimizer, "optimizer_swapper", None)
     return list(swapper.swap_params_info.values()) if swapper else []
+
+
+def _mapped(info: Any, context: Any) -> Tensor:
+    return torch.from_file(context.swap_path, shared=True, size=info.numel(), dtype=info.dtype())
 
 
 @torch.no_grad()
