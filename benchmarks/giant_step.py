@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/giant_step.py --folder DISK > benchmarks/results/giant_step_HARDWARE_YYYYMM.md
 
-1. The giant stage (configs/stages/giant/) as it is, but for the batch (one photograph) and where things lie: ZeRO-3, bf16,
-   optimizer states in files under --folder, by the real engine (engine/job.build_engine) and the real step
+1. The giant stage (configs/stages/giant/) as it is, but for the batch (one photograph) and where things lie: ZeRO-3,
+   bf16, optimizer states in files under --folder, by the real engine (engine/job.build_engine) and the real step
    (engine/step.train_step). The same batch again and again, with a learning rate to match, so that the loss has to
    fall. build_engine looks at the disk before anything is built. Peaks are of resident memory, each phase its own.
 2. G's depths at a quarter of its width, by real jobs (launch/pretrain.py) with states in files: four steps without a
