@@ -28,7 +28,7 @@ def evaluate(argv: list[str] | None = None) -> int:
     add("--weights", type=Path, metavar="RUN_OR_FILE", help=words)
     add("--best", action="store_true", help="of a run, what evaluation.metric found best, not the newest checkpoint")
     add("--average", "--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
-    words = "where the JSON and the picture go, replaced (default: evaluation/ in the run of this configuration)"
+    words = "where the JSON and the picture go, replaced (default: evaluation/ in the run)"
     add("--output", type=Path, metavar="DIR", help=words)
     return run_script(parser.parse_intermixed_args(argv), _run)
 
@@ -39,6 +39,8 @@ def _run(loaded: LoadedConfig, arguments: argparse.Namespace) -> ExitCode:
     run = default_run_dir(Path(arguments.config))
     if arguments.weights is None and not run.exists():
         raise ConfigError(f"{run} is where {arguments.config} is trained, and isn't there", "say which: --weights RUN")
+    if arguments.weights is not None and (arguments.weights / "checkpoints").is_dir():
+        run = arguments.weights
     options = EvaluationOptions(
         arguments.weights or run, arguments.output or run / "evaluation", arguments.best, arguments.average
     )
