@@ -32,8 +32,10 @@ pretrain: setup
 	$(BIN)/deepspeed -q --num_gpus $(PROCESSES) launch/pretrain.py --config configs/quickstart/simmim.yaml $(ARGS)
 
 finetune: setup
-	@test -d runs/quickstart-simmim/checkpoints || echo "make finetune goes on from what make pretrain made: that comes first (about 5 minutes)"
-	@test -d runs/quickstart-simmim/checkpoints || $(MAKE) pretrain
+ifeq ($(findstring init_from,$(ARGS)),)
+	@test -d runs/quickstart-simmim/checkpoints || \
+		{ echo "make finetune goes on from what make pretrain makes: that comes first, about 5 minutes" && $(MAKE) pretrain; }
+endif
 	$(BIN)/deepspeed -q --num_gpus $(PROCESSES) launch/finetune.py --config configs/quickstart/finetune.yaml $(ARGS)
 
 test: .venv/installed-dev

@@ -2,14 +2,15 @@
 
     .venv/bin/python benchmarks/quickstart.py > benchmarks/results/quickstart_HARDWARE_YYYYMM.md
 
-Types `make pretrain` with a new run directory and new shards, watches the whole process tree, and prints a Markdown
-page with the raw output. Memory is the proportional set size (PSS) summed over all processes of
+Types `make pretrain` and `make finetune` with new run directories and new shards, watches the whole process tree, and
+prints a Markdown page with the raw output; the confusion picture goes to /tmp/quickstart-confusion.png. Memory is the proportional set size (PSS) summed over all processes of
 the tree, sampled four times a second: shared pages count once.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -23,29 +24,39 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["make", "pretrain", f"ARGS=--run-dir {folder}/run data.shards_dir={folder}/shards"]
-        started = time.monotonic()
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        memory = PeakMemory(process.pid)
-        first_step = 0.0
-        lines = []
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            if not first_step and re.search(r" step 1/", line):
-                first_step = time.monotonic() - started
-        code = process.wait()
-        total = time.monotonic() - started
-        peak = memory.stop()
     print("# Quick start\n")
     print(f"- machine: {describe_machine()}")
     print(f"- versions: {describe_versions('torch', 'deepspeed', 'webdataset', 'numpy')}")
+    with tempfile.TemporaryDirectory() as folder:
+        shards = f"data.shards_dir={folder}/shards"
+        measure("pretrain", f"--run-dir {folder}/run {shards}", folder)
+        measure("finetune", f"--run-dir {folder}/finetune {shards} init_from={folder}/run", folder)
+        for path in sorted(Path(folder, "finetune", "panels").glob("*-validation.png")):
+            shutil.copy(path, Path(tempfile.gettempdir()) / "quickstart-confusion.png")  # the last one stays
+
+
+def measure(target: str, words: str, folder: str) -> None:
+    """Type one command and print what it took."""
+    command = ["make", target, f"ARGS={words}"]
+    started = time.monotonic()
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    memory = PeakMemory(process.pid)
+    first_step = 0.0
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if not first_step and re.search(r" step 1/", line):
+            first_step = time.monotonic() - started
+    code = process.wait()
+    total = time.monotonic() - started
+    peak = memory.stop()
+    print(f"\n## make {target}\n")
     print(f"- command: `{' '.join(command).replace(folder, 'FOLDER')}` (exit code {code})")
-    print(f"- first training step after {first_step:.1f} s (shards written on the way)")
+    print(f"- first training step after {first_step:.1f} s")
     print(f"- all of it after {total:.1f} s")
     print(f"- peak memory of all processes together: {peak / 2**30:.2f} GiB\n")
-    print("```\n" + "".join(lines).replace(folder, "FOLDER").strip() + "\n```")
+    print("```\n" + "".join(lines).replace(folder, "FOLDER").strip() + "\n```", flush=True)
 
 
 class PeakMemory:
