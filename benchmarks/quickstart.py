@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/quickstart.py > benchmarks/results/quickstart_HARDWARE_YYYYMM.md
 
 Types `make pretrain` and `make finetune` with new run directories and new shards, watches the whole process tree, and
-prints a Markdown page with the raw output; the confusion picture goes to /tmp/quickstart-confusion.png. Memory is the proportional set size (PSS) summed over all processes of
-the tree, sampled four times a second: shared pages count once.
+prints a Markdown page with the raw output; the confusion picture goes to /tmp/quickstart-confusion.png. Memory is the
+proportional set size (PSS) summed over all processes of the tree, sampled four times a second: shared pages count once.
 """
 
 from __future__ import annotations
