@@ -56,7 +56,11 @@ def main() -> None:
         knn, linear = report["knn"], report["linear"]
         shares = f"{knn['top1']:.2%} | {linear['top1']:.2%} | {linear['top5']:.2%}"
         print(f"| {name} | {shares} | {linear['penalty']:g} | {seconds[name]:.0f} |")
-    print("\nThe training's last lines:\n\n```\n" + "\n".join(output.strip().splitlines()[-4:]) + "\n```")
+    print(
+        "\nThe training's last lines:\n\n```\n"
+        + "\n".join(output.strip().splitlines()[-4:]).replace(folder, "FOLDER")
+        + "\n```"
+    )
     for name, report in reports.items():
         print(f"\n{name}:\n\n```json\n{json.dumps(report)}\n```".replace(folder, "FOLDER"))
 
