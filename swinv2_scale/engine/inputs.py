@@ -160,7 +160,7 @@ def _check_labels(config: RunConfig, remote: RemoteFiles, shards: ShardSet, use:
 
     def check() -> Labels:
         labels = read_labels(shards, remote)
-        check_labels(labels, shards.num_samples, config.model.num_classes, use)
+        check_labels(labels, shards.num_samples, config.model.num_classes, use, config.data.max_quarantined_share)
         return labels
 
     return dist.on_rank_zero(check, f"looking at the labels of {use}")

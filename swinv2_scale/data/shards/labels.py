@@ -97,10 +97,11 @@ def read_labels(shards: ShardSet, remote: RemoteFiles) -> Labels:
     return Labels(words or classes, total(known) if len(known) == len(counts) else None, classes)
 
 
-def check_labels(labels: Labels, num_samples: int, num_classes: int, use: str) -> None:
+def check_labels(labels: Labels, num_samples: int, num_classes: int, use: str, share: float = 0.0) -> None:
     """
     Args:
         use: ``data.train`` or ``data.validation``.
+        share: of the samples that may be put into quarantine, for their label or anything else.
 
     Raises:
         DataError: the data set has other classes than the model, or samples without exactly one of them.
@@ -114,23 +115,21 @@ def check_labels(labels: Labels, num_samples: int, num_classes: int, use: str) -
     counted = labels.counted
     if counted is None:
         return  # each sample is checked when it is read
-    if counted.others:
+    if counted.others > share * num_samples:
         raise DataError(
-            f"{use} has {counted.others:,} samples whose label isn't one whole number",
+            f"{use} has {counted.others:,} samples whose label isn't one whole number from 0 on",
             "classification takes one label an image (.cls, or label in .json); write the shards again with one each",
         )
-    if counted.samples < num_samples:
+    if num_samples - counted.samples > share * num_samples:
         raise DataError(
             f"{num_samples - counted.samples:,} of {num_samples:,} samples of {use} have no label",
             "labels are .cls files, or label in .json; write the shards again from folders or a table with labels",
         )
-    if counted.samples and not 0 <= counted.smallest <= counted.largest < num_classes:
+    if counted.largest >= num_classes and not share:  # how many there are isn't known
         raise DataError(
             f"{use} has labels {counted.smallest} to {counted.largest}, model.num_classes is {num_classes}: its "
             f"classes are 0 to {num_classes - 1}",
-            f"set model.num_classes to {counted.largest + 1}"
-            if counted.smallest >= 0
-            else "labels begin at 0; write the shards again",
+            f"set model.num_classes to {counted.largest + 1}, or write the shards again",
         )
 
 

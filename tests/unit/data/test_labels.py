@@ -87,7 +87,6 @@ def test_a_count_that_is_none_is_refused(tmp_path: Path) -> None:
             r"has 3 classes \(a, b, c, ..\), model.num_class.* 2\n.*to 3",
         ),
         (Labels((), LabelCount(4, 0, 2)), r"has labels 0 to 2, model.num_classes is 2.*\n.*num_classes to 3"),
-        (Labels((), LabelCount(4, -1, 1)), r"has labels -1 to 1.*\n.*begin at 0"),
         (Labels((), LabelCount(3, 0, 1)), r"1 of 4 samples of data.train have no label"),
         (Labels((), LabelCount()), r"4 of 4 samples of data.train have no label"),
         (
@@ -104,6 +103,13 @@ def test_what_a_classifier_cannot_learn_from_is_refused(labels: Labels, message:
 def test_labels_that_fit_are_accepted() -> None:
     check_labels(Labels(("a", "b"), LabelCount(4, 0, 1)), 4, 2, "data.train")
     check_labels(Labels((), LabelCount(4, 0, 0)), 4, 2, "data.train")  # a class may have no sample
+
+
+def test_a_share_that_may_be_damaged_is_for_labels_too() -> None:
+    few = LabelCount(samples=98, largest=7, others=1)
+    check_labels(Labels((), few), 100, 2, "data.train", share=0.02)
+    with pytest.raises(DataError, match="2 of 100 samples of data.train have no label"):
+        check_labels(Labels((), LabelCount(98, 0, 1)), 100, 2, "data.train", share=0.01)
 
 
 def test_class_names_are_a_line_each(tmp_path: Path) -> None:
