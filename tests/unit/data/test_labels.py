@@ -108,7 +108,7 @@ def test_labels_that_fit_are_accepted() -> None:
 def test_a_share_that_may_be_damaged_is_for_labels_too() -> None:
     few = LabelCount(samples=98, largest=7, others=1)
     check_labels(Labels((), few), 100, 2, "data.train", share=0.02)
-    with pytest.raises(DataError, match="2 of 100 samples of data.train have no label"):
+    with pytest.raises(DataError, match=r"2 of 100 samples of data.train have no label"):
         check_labels(Labels((), LabelCount(98, 0, 1)), 100, 2, "data.train", share=0.01)
 
 
