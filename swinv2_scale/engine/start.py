@@ -123,8 +123,23 @@ def settle(loaded: LoadedConfig, make_task: Callable[[RunConfig], Task]) -> tupl
             "give a path under which every node sees the same file",
         )
     log().info("starting from %s", loading.report)
+    if step and step != path:
+        dist.on_rank_zero(lambda: _warn_if_unfinished(path, checkpoint.read(step)), doing)
     windows = loading.report.pretrained_window_sizes
     return loaded.with_value(_WINDOWS, windows, f"inherited from {config.init_from}"), loading
+
+
+def _warn_if_unfinished(run: Path, newest: checkpoint.Checkpoint) -> None:
+    """Said before the training starts: a stage that begins too early is found out after its days."""
+    state = checkpoint.read_state(newest)
+    total, patience = (state["config"].get(key) for key in ("optim.total_steps", "evaluation.patience"))
+    is_stuck = patience is not None and state.get("validations_since_best", 0) >= patience
+    if total is not None and newest.step < total and not is_stuck:
+        log().warning(
+            "%s isn't finished: its newest checkpoint is step %d of %d. To go on with it first, start its own command "
+            "again; to take this step without a warning, name it: init_from=%s",
+            *(run, newest.step, total, newest.path),
+        )
 
 
 def first_values(

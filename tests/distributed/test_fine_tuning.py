@@ -84,6 +84,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_last_bit(
 def test_windows_and_weights_are_carried_along_and_the_head_is_new(pretrained: Path, unbroken: Path) -> None:
     log = (unbroken / "log" / "rank-0.log").read_text()
     assert "new: encoder.head.weight, encoder.head.bias: the file has no head" in log
+    assert f"{pretrained} isn't finished: its newest checkpoint is step 3 of 30" in log
     assert "pretrained windows: [4, 4]" in log  # of the pre-training at 32 px, not this run's 6
     state = read_state(open_run_or_checkpoint(unbroken))
     assert state["config"]["model.pretrained_window_sizes"] == [4, 4]

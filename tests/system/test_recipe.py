@@ -5,6 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support import launchers
 from tests.support.kills import newest_step
 from tests.support.small_run import LIGHT, metrics, write_config
@@ -13,6 +15,7 @@ STEPS, SECOND_STEPS = 3, 12
 SETTINGS = (*LIGHT, "checkpoint.every_steps=1000", "evaluation.samples=8", "optim.warmup_steps=1", "data.num_workers=0")
 
 
+@pytest.mark.system  # half a minute; unit tests have the chain's rules
 def test_f16_a_recipe_that_is_stopped_goes_on_in_the_stage_where_it_was(tmp_path: Path, shards: Path) -> None:
     write_config(tmp_path, shards)
     (tmp_path / "x.yaml").write_text(
