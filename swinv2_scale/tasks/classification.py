@@ -21,8 +21,7 @@ from swinv2_scale.data.images.augment import rand_augment
 from swinv2_scale.data.images.decode import decode_class, evaluation_format, open_image, training_format
 from swinv2_scale.data.images.erasing import draw_boxes, erase
 from swinv2_scale.data.images.mixing import draw_mixing, mix, soft_targets
-from swinv2_scale.data.images.resize import mirrored
-from swinv2_scale.data.images.transforms import evaluation_crop, normalised, random_resized_crop
+from swinv2_scale.data.images.transforms import evaluation_crop, normalised, training_crop
 from swinv2_scale.data.loader import Batch, Sample
 from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.draws import Draw
@@ -108,16 +107,7 @@ class ClassificationTask:
 
     def training_sample(self, record: Record, draw: Draw) -> Sample:
         task = self.task
-        pixels = random_resized_crop(
-            open_image(record, self._training_format),
-            self._size,
-            task.crop_scale,
-            task.crop_ratio,
-            task.interpolation,
-            draw.uniforms("crop"),
-        )
-        if next(draw.uniforms("flip")) < task.flip_probability:
-            pixels = mirrored(pixels)
+        pixels = training_crop(open_image(record, self._training_format), self._size, task, draw)
         if self._rand_augment:
             how = self._rand_augment
             pixels = rand_augment(pixels, draw, self._fill, how.num_ops, how.magnitude, how.magnitude_std)

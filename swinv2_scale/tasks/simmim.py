@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.tasks import SimMIMConfig
 from swinv2_scale.data.images.decode import evaluation_format, open_image, training_format
-from swinv2_scale.data.images.resize import mirrored
-from swinv2_scale.data.images.transforms import central_resized_crop, normalised, random_resized_crop
+from swinv2_scale.data.images.transforms import central_resized_crop, normalised, training_crop
 from swinv2_scale.data.loader import Batch, Sample
 from swinv2_scale.data.shards.reader import Record
 from swinv2_scale.draws import Draw
@@ -136,18 +135,8 @@ class SimMIMTask:
         return SimMIM(self.config)
 
     def training_sample(self, record: Record, draw: Draw) -> Sample:
-        task = self.task
-        pixels = random_resized_crop(
-            open_image(record, self._training_format),
-            self.config.model.image_shape,
-            task.crop_scale,
-            task.crop_ratio,
-            task.interpolation,
-            draw.uniforms("crop"),
-        )
-        if next(draw.uniforms("flip")) < task.flip_probability:
-            pixels = mirrored(pixels)
-        return self._sample(pixels, draw)
+        picture = open_image(record, self._training_format)
+        return self._sample(training_crop(picture, self.config.model.image_shape, self.task, draw), draw)
 
     def evaluation_sample(self, record: Record, draw: Draw) -> Sample:
         picture = open_image(record, self._evaluation_format)

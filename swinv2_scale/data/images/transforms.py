@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from swinv2_scale.config.tasks import CropMode
+from swinv2_scale.config.tasks import ClassificationConfig, CropMode, SimMIMConfig
 from swinv2_scale.data.images.decode import Picture
+from swinv2_scale.data.images.resize import mirrored
+from swinv2_scale.draws import Draw
 from swinv2_scale.geometry import Size
 
 #: An image of 1 x 89,000,000 pixels, its shorter side resized to 256 px, would take terabytes.
@@ -55,6 +57,13 @@ def random_resized_crop(
 ) -> NDArray[Any]:
     """A random box resized to ``size`` (height, width), as (C, H, W)."""
     return picture.resized(crop_box(picture.width, picture.height, scale, ratio, numbers), size, interpolation)
+
+
+def training_crop(picture: Picture, size: Size, task: SimMIMConfig | ClassificationConfig, draw: Draw) -> NDArray[Any]:
+    """A sample's random crop, mirrored or not, as (C, H, W)."""
+    numbers = draw.uniforms("crop")
+    pixels = random_resized_crop(picture, size, task.crop_scale, task.crop_ratio, task.interpolation, numbers)
+    return mirrored(pixels) if next(draw.uniforms("flip")) < task.flip_probability else pixels
 
 
 def central_resized_crop(picture: Picture, size: Size, interpolation: str) -> NDArray[Any]:
