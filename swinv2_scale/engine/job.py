@@ -16,7 +16,7 @@ from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import ClusterConfig, RunConfig
 from swinv2_scale.data.ledger import Quarantined
-from swinv2_scale.engine import activation_checkpointing, checkpoint, evaluate, random_states, restore, zero
+from swinv2_scale.engine import activation_checkpointing, announce, checkpoint, evaluate, random_states, restore, zero
 from swinv2_scale.engine.accounting import Accounting
 from swinv2_scale.engine.amplitudes import AmplitudeMeter
 from swinv2_scale.engine.deepspeed_config import read_back, translate
@@ -156,7 +156,7 @@ def _run(
     num_micro_batches = accumulation_steps(config, dist.world_size())
     directory.life = dist.on_rank_zero(directory.open, "opening the run directory")
     dist.all_agree(lambda: log_to_file(directory.log(dist.rank()), deepspeed_logger), "opening the log")
-    _greet(config, directory, num_micro_batches)
+    announce.beginning(config, directory, num_micro_batches)
     watchdog.enter("opening the data")
     inputs = open_inputs(config)
     watchdog.enter("looking for a checkpoint")
@@ -166,7 +166,7 @@ def _run(
     config, inputs = loaded.config, replace(inputs, config=loaded.config)
     last_step = min(options.last_step or config.optim.total_steps, config.optim.total_steps)
     if state.step >= last_step or state.is_over(config):
-        _say_reached(state, config, directory)
+        announce.nothing_to_do(state, config, directory)
         return ExitCode.DONE
 
     dist.on_rank_zero(lambda: check_before_training(config, directory.checkpoints), "looking at the disk")
@@ -211,7 +211,7 @@ def _run(
         if output:
             with contextlib.suppress(OSError):  # every row was flushed when it was written
                 output.close()
-    _say_result(code, loop.state, config, directory)
+    announce.end(code, loop.state, loop.validation, config, directory)
     return code
 
 
@@ -321,50 +321,3 @@ def check_ranks_agree(config: RunConfig, options: object) -> None:
             f"ranks {others} were started with another configuration, options or versions than rank 0",
             "make every node see the same files, environment and command line",
         )
-
-
-def _greet(config: RunConfig, directory: RunDirectory, num_micro_batches: int) -> None:
-    world_size = dist.world_size()
-    on_cpu = f"CPU, {torch.get_num_threads()} thread(s) each"
-    log().info("run directory: %s", directory.root)
-    log().info(
-        "%d %s (%s); batch of %d = %d processes x %d images x %d accumulated",
-        world_size,
-        "process" if world_size == 1 else "processes",
-        torch.cuda.get_device_name() if torch.cuda.is_available() else on_cpu,
-        config.data.global_batch_size,
-        world_size,
-        config.data.micro_batch_size,
-        num_micro_batches,
-    )
-
-
-def _say_reached(state: TrainState, config: RunConfig, directory: RunDirectory) -> None:
-    if not state.is_over(config):
-        log().info("step %d is reached already; raise --steps to go on", state.step)
-        return
-    log().info(
-        "this run is finished: %d of %d steps%s", state.step, config.optim.total_steps, _why_early(state, config)
-    )
-    log().info("  pictures: %s   numbers: %s", directory.panels, directory.metrics)
-    log().info("  for a new run choose another --run-dir, or delete %s", directory.root)
-
-
-def _say_result(code: ExitCode, state: TrainState, config: RunConfig, directory: RunDirectory) -> None:
-    if code == ExitCode.STOPPED:
-        log().info("stopped at step %d; the same command goes on from there (exit code %d)", state.step, code)
-    elif not state.is_over(config):
-        log().info("step %d is reached, and saved; without --steps, or with more, the same command goes on", state.step)
-    else:
-        log().info("done: %d steps%s", state.step, _why_early(state, config))
-        log().info("  pictures: %s   curves: tensorboard --logdir %s", directory.panels, directory.root)
-
-
-def _why_early(state: TrainState, config: RunConfig) -> str:
-    if state.step >= config.optim.total_steps:
-        return ""
-    best = state.best_score if config.evaluation.metric == "loss" else 1 - (state.best_score or 0)
-    return (
-        f", stopped early: {state.validations_since_best} validations in a row weren't better than "
-        f"{config.evaluation.metric} {best:.4f} (evaluation.patience)"
-    )

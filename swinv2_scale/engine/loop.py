@@ -95,7 +95,7 @@ class Loop:
     last_step: int
     amplitudes: AmplitudeMeter
     #: Of the step that the state is at.
-    _validation: Validation | None = None
+    validation: Validation | None = None
     _batches: Generator[Batch] = field(init=False)
 
     def run(self) -> ExitCode:
@@ -159,7 +159,7 @@ class Loop:
         return self.state.step >= self.last_step or self.state.is_over(self.config)
 
     def _begin_saving(self) -> None:
-        self.between_steps.begin_save(self.state, self._validation)
+        self.between_steps.begin_save(self.state, self.validation)
 
     def _finish_saving(self) -> None:
         self.watchdog.enter("writing a checkpoint", self.state.step)
@@ -204,7 +204,7 @@ class Loop:
         usual, anomaly = before.usual, before.usual.find(result.loss, result.grad_norm, config)
         if result.is_applied:
             usual = usual.with_update(result.loss, result.grad_norm, config)
-        self.state, self._validation = before.advanced(samples, result.is_applied, ledger, usual), None
+        self.state, self.validation = before.advanced(samples, result.is_applied, ledger, usual), None
         if anomaly is None:
             return overdrawn, None
         own = (result.micro_losses.tolist(), [batch.keys for batch in batches])
@@ -286,7 +286,7 @@ class Loop:
         has_validation = self.between_steps.has_validation
         if has_validation and _is_due(step, evaluation.every_steps, is_end):
             found = self.between_steps.validate(step, _is_due(step, logging.panel_every_steps, is_end))
-            self._validation, self.state = found, self.state.validated(found.score)
+            self.validation, self.state = found, self.state.validated(found.score)
             row |= {f"validation_{name}": value for name, value in found.metrics.items()}
             log().info("step %d: validation %s", step, found)
         self.progress.show(step, result.loss, rate, waited / seconds, seconds, peak_memory_bytes(self.engine.device))
