@@ -87,7 +87,7 @@ class ClassificationConfig(Section):
     #: RandAugment, ``rand-m9-mstd0.5-inc1`` in the released recipes (n: operations, m: level, mstd: its deviation);
     #: None: none.
     aa: str | None = None
-    #: Random erasing: how often, with what (``const``: 0, ``rand``: one normal colour, ``pixel``: normal noise), and
+    #: Random erasing: how often, with what (``const``: 0, ``rand``: a normal colour, ``pixel``: normal noise), and
     #: in at most how many boxes.
     reprob: Share = 0.0
     remode: Literal["const", "rand", "pixel"] = "pixel"
