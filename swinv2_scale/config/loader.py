@@ -138,13 +138,20 @@ def _problems(error: ValidationError, settings: Settings) -> list[ConfigProblem]
     for item in error.errors(include_url=False):
         key = _key_of(item["loc"])
         if item["type"] == "extra_forbidden":
-            message = "no such key"
-            suggestions[key] = nearest_key(key, _task_of(settings))
+            task = _task_of(settings)
+            owners = [name for name, section in TASK_SECTIONS.items() if key in _all_keys(section, None, ("task",))]
+            message = f"is a key of {owners[0]}, task.name is {task}" if owners else "no such key"
+            suggestions[key] = "" if owners else nearest_key(key, task)
         elif item["type"] == "no_such_task":
-            key = (*key, "name")
-            name = _task_of(settings)
-            message = f"{format_value(name)} is none of {', '.join(TASK_SECTIONS)}"
-            suggestions[key] = next(iter(difflib.get_close_matches(str(name), TASK_SECTIONS, 1)), "")
+            if isinstance(item["input"], dict):
+                key, name = (*key, "name"), item["input"].get("name")
+                message = f"{format_value(name)} is none of {', '.join(TASK_SECTIONS)}"
+                suggestions[key] = next(iter(difflib.get_close_matches(str(name), TASK_SECTIONS, 1)), "")
+            else:
+                message = (
+                    f"{format_value(item['input'])} is no section; the name in one is {' or '.join(TASK_SECTIONS)}"
+                )
+                suggestions[key] = "task.name"
         elif item["type"] == "missing":
             message = "is required"
         else:
@@ -175,7 +182,7 @@ def _key_of(loc: tuple[int | str, ...]) -> KeyPath:
 
 def _task_of(settings: Settings) -> str:
     history = settings.history.get(("task", "name"))
-    return history[-1].value if history else DEFAULT_TASK
+    return str(history[-1].value) if history else DEFAULT_TASK
 
 
 def _sections(section: type[BaseModel], name: str) -> list[type[BaseModel]]:

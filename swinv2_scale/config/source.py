@@ -99,6 +99,7 @@ def apply_overrides(settings: Settings, overrides: list[str]) -> None:
     Raises:
         ConfigError: a word has no ``=`` or no key.
     """
+    leaves: list[tuple[KeyPath, Any, str]] = []
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key or word.startswith("-"):
@@ -106,13 +107,12 @@ def apply_overrides(settings: Settings, overrides: list[str]) -> None:
         where = f"command line {word!r}"
         value = _parse(text, where, None) if text else None
         path = tuple(key.split("."))
-        if path == _TASK_NAME:
-            settings.begin_other_task(value)
-        if isinstance(value, dict) and value:
-            for tail, leaf in _leaves(value, ()):
-                settings.set(path + tail, leaf, where)
-        else:
-            settings.set(path, value, where)
+        found = _leaves(value, path) if isinstance(value, dict) and value else [(path, value)]
+        leaves += [(path, leaf, where) for path, leaf in found]
+    # First of all, wherever among the words: the others are about the task that it names.
+    settings.begin_other_task(next((leaf for path, leaf, _ in reversed(leaves) if path == _TASK_NAME), None))
+    for path, leaf, where in leaves:
+        settings.set(path, leaf, where)
 
 
 def format_value(value: Any) -> str:

@@ -51,9 +51,9 @@ class RandAugment:
         magnitude_std: its standard deviation (``mstd``).
     """
 
-    num_ops: int = 2
-    magnitude: float = 9.0
-    magnitude_std: float = 0.5
+    num_ops: int
+    magnitude: float
+    magnitude_std: float
 
     @classmethod
     def of(cls, name: str) -> RandAugment:
@@ -70,10 +70,13 @@ class RandAugment:
             found[match[1]] = float(match[2])
         if parts[0] != "rand" or found.pop("inc", 0) != 1:
             raise ValueError("RandAugment with inc1 is what there is: rand-m9-mstd0.5-inc1")
-        if found.get("m", 9) > 10 or not 1 <= found.get("n", 2) <= 16 or found.get("n", 2) % 1:
+        # timm's where the name doesn't say: the highest level, which doesn't vary.
+        num_ops, magnitude, magnitude_std = found.get("n", 2.0), found.get("m", 10.0), found.get("mstd", 0.0)
+        if magnitude > 10 or not 1 <= num_ops <= 16 or num_ops % 1:
             raise ValueError("m is a level of 0 to 10, n a number of operations, 1 to 16")
-        # Without mstd timm's level doesn't vary.
-        return cls(int(found.get("n", 2)), found.get("m", 9.0), found.get("mstd", 0.0))
+        if magnitude_std > 10:
+            raise ValueError("mstd is a deviation of levels, at most 10; timm's uniform levels above 100 aren't here")
+        return cls(int(num_ops), magnitude, magnitude_std)
 
 
 class ClassificationConfig(Section):
@@ -87,7 +90,7 @@ class ClassificationConfig(Section):
     #: RandAugment, ``rand-m9-mstd0.5-inc1`` in the released recipes (n: operations, m: level, mstd: its deviation);
     #: None: none.
     aa: str | None = None
-    #: Random erasing: how often, with what (``const``: 0, ``rand``: one normal colour, ``pixel``: normal noise), and
+    #: Random erasing: how often, with what (``const``: 0, ``rand``: a normal colour, ``pixel``: normal noise), and
     #: in at most how many boxes.
     reprob: Share = 0.0
     remode: Literal["const", "rand", "pixel"] = "pixel"

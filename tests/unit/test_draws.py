@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from swinv2_scale.draws import Draw, key_of, mix, permuted, uniform
+from swinv2_scale.draws import Draw, key_of, mix, normal, permuted, uniform
 
 # The machines that run this are shared: no example may fail for being slow.
 thorough = settings(deadline=None, max_examples=100, database=None)
@@ -265,3 +266,54 @@ def test_uniform_numbers_are_the_purposes_own_spread_evenly_and_alike_every_time
     assert len(set(firsts)) == 2000
     assert abs(np.mean(firsts) - 0.5) < 0.03
     assert next(Draw(1, 2, "a").uniforms("flip")) != found[0]
+
+
+# normal
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_normal_numbers_are_standard_normal_whatever_their_count(count: int) -> None:
+    keys = torch.tensor([key_of("normal", n) - 2**63 for n in range(20_000 // count)])
+    found = normal(keys, count)
+    assert found.shape == (len(keys), count)
+    assert found.dtype == torch.float32
+    values = found.double().flatten().numpy()
+    size = len(values)
+    # 5 standard errors of the first four moments, 0, 1, 0 and 3: the variances of x, x^2, x^3, x^4 are 1, 2, 15, 96.
+    for power, (moment, variance) in enumerate(((0, 1), (1, 2), (0, 15), (3, 96)), 1):
+        assert abs((values**power).mean() - moment) < 5 * math.sqrt(variance / size)
+    # The keys are fixed: no flicker. Honest numbers are below this once in a thousand.
+    assert stats.kstest(values, stats.norm.cdf).pvalue > 1e-3
+
+
+def test_normal_numbers_of_one_key_and_of_neighbouring_keys_are_unrelated() -> None:
+    found = normal(torch.arange(2**15), 6).double()
+    # The correlation of n independent pairs has standard deviation 1 / sqrt(n); 5 of them. Squares too: the two
+    # numbers of a pair share a radius.
+    for values in (found, found**2):
+        related = torch.corrcoef(values.T) - torch.eye(6, dtype=torch.float64)
+        assert related.abs().max() < 5 / math.sqrt(2**15)
+        neighbours = torch.corrcoef(torch.stack((values[:-1, 0], values[1:, 0])))[0, 1]
+        assert abs(neighbours) < 5 / math.sqrt(2**15)
+
+
+def test_a_long_row_of_normal_numbers_has_no_period() -> None:
+    values = normal(torch.tensor([7]), 30_001)[0].double()
+    assert len(values.unique()) > 0.99 * len(values)  # float32 from 24 bits: some are there twice
+    for lag in (1, 2, 15_000, 15_001):  # the halves of a pair lie 15,001 apart
+        related = torch.corrcoef(torch.stack((values[:-lag], values[lag:])))[0, 1]
+        assert abs(related) < 5 / math.sqrt(len(values) - lag)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 1001])
+def test_normal_numbers_of_a_key_do_not_depend_on_its_neighbours(count: int) -> None:
+    keys = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 12345, 2**40])
+    together = normal(keys, count)
+    assert torch.equal(torch.cat([normal(key[None], count) for key in keys]), together)
+    assert torch.equal(normal(keys.flip(0), count), together.flip(0))
+
+
+def test_normal_numbers_are_finite_for_every_key() -> None:
+    # The farthest that 24 bits reach: sqrt(-2 log(2**-24)) = 5.77.
+    found = normal(torch.tensor([0, -1, 2**63 - 1, -(2**63)]), 100_000)
+    assert found.abs().max() < 5.78

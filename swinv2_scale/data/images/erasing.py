@@ -62,15 +62,21 @@ def erase(images: Tensor, boxes: Tensor, keys: Tensor, mode: str) -> Tensor:
         images: floating point (B, C, H, W), of about zero mean and unit variance.
         boxes: int (B, N, 4) from ``draw_boxes``.
         keys: int64 (B,) that noise is drawn from, a function of each alone.
-        mode: ``const``: 0, ``rand``: one normal number for each channel of a sample, ``pixel``: one for each pixel.
+        mode: ``const``: 0, ``rand``: one normal number for each channel of a box (a later one lies on top), ``pixel``:
+            one for each channel of a pixel.
     """
     height, width = images.shape[-2:]
     top, bottom, left, right = (edge[..., None] for edge in boxes.unbind(-1))
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     rows, columns = (top <= y) & (y < bottom), (left <= x) & (x < right)
-    is_inside = (rows[..., :, None] & columns[..., None, :]).any(1)[:, None]
+    is_inside = (rows[..., :, None] & columns[..., None, :])[:, :, None]  # (B, N, 1, H, W)
     if mode == "const":
-        return images.masked_fill(is_inside, 0)
-    shape = images.shape if mode == "pixel" else (*images.shape[:2], 1, 1)
-    noise = normal(keys, math.prod(shape[1:])).reshape(shape)
-    return torch.where(is_inside, noise.to(images.dtype), images)
+        return images.masked_fill(is_inside.any(1), 0)
+    if mode == "pixel":
+        noise = normal(keys, math.prod(images.shape[1:])).view(images.shape)
+        return torch.where(is_inside.any(1), noise.to(images.dtype), images)
+    num_boxes, channels = boxes.shape[1], images.shape[1]
+    colours = normal(keys, num_boxes * channels).view(-1, num_boxes, channels, 1, 1).to(images.dtype)
+    for number in range(num_boxes):
+        images = torch.where(is_inside[:, number], colours[:, number], images)
+    return images
