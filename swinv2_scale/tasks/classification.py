@@ -190,7 +190,7 @@ class ClassificationTask:
         pictures = shown(images.cpu(), normalised(images.cpu(), data.pixel_mean, data.pixel_std))
         names = self._names
         captions = [
-            (f"{names[label]}", f"{names[guess]} {share:.0%}", label == guess)
+            (names[label], f"{share:.0%} {names[guess]}", label == guess)
             for label, guess, share in zip(labels, best.tolist(), shares.tolist(), strict=True)
         ]
         return draw_gallery(pictures, captions, title)

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 _RIGHT, _WRONG, _INK, _GREY = "#2f7d32", "#c62828", "#202020", "#808080"
-_GAP, _HEAD = 8, 28
+_GAP, _HEAD, _LINE = 8, 28, 19
 _MOST_NAMED = 40  # classes whose names fit beside a matrix
 _MOST_NUMBERED = 20  # classes whose shares fit into its cells
 _MOST_LISTED = 12
@@ -45,7 +45,7 @@ def draw_gallery(images: Tensor, captions: Sequence[tuple[str, str, bool]], titl
     size = (columns * (cell_w + _GAP) + _GAP, _HEAD + rows * (cell_h + _GAP))
     picture = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(picture), _font(13)
-    pen.text((_GAP, 6), title, fill=_INK, font=font)
+    pen.text((_GAP, 6), _cut(title, size[0] - 2 * _GAP, font), fill=_INK, font=font)
     for number, (label, guess, is_right) in enumerate(captions):
         row, column = divmod(number, columns)
         x, y = _GAP + column * (cell_w + _GAP), _HEAD + row * (cell_h + _GAP)
@@ -73,9 +73,10 @@ def draw_confusion(matrix: NDArray[np.float64], names: Sequence[str], title: str
     left = _GAP + (max(int(font.getlength(_cut(name, 140, font))) for name in names) + _GAP if is_named else 16)
     top = _HEAD + 20 + (left if is_named else 0)
     side = cell * count
-    picture = Image.new("RGB", (left + side + 3 * _GAP + 380, max(top + side + _GAP, top + 20 * _MOST_LISTED)), "white")
+    size = (left + side + 3 * _GAP + 380, top + max(side, _LINE * (_MOST_LISTED + 1)) + _GAP)
+    picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((_GAP, 6), title, fill=_INK, font=font)
+    pen.text((_GAP, 6), _cut(title, size[0] - 2 * _GAP, font), fill=_INK, font=font)
     pen.text((_GAP, _HEAD), "row: label, column: what it was taken for", fill=_GREY, font=font)
     pixels = np.repeat(np.repeat(_coloured(shares), cell, 0), cell, 1)
     picture.paste(Image.fromarray(pixels), (left, top))
@@ -110,7 +111,7 @@ def _list_mistakes(
             lines.append(f"{_cut(names[row], 140, font)} taken for {_cut(names[column], 140, font)}: {share:.0%}")
     pen.text((x, y), "most frequent mistakes" if lines else "no mistakes", fill=_GREY, font=font)
     for number, line in enumerate(lines, 1):
-        pen.text((x, y + 19 * number), line, fill=_INK, font=font)
+        pen.text((x, y + _LINE * number), line, fill=_INK, font=font)
 
 
 def _coloured(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
