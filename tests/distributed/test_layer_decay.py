@@ -14,9 +14,11 @@ import torch
 
 from swinv2_scale.config.loader import load_config
 from swinv2_scale.config.run import RunConfig
+from swinv2_scale.data.remote.files import RemoteFiles
+from swinv2_scale.data.shards.shard_set import read_shard_set
 from swinv2_scale.engine.checkpoint import open_run_or_checkpoint
 from swinv2_scale.engine.consolidate import SavedTensors
-from swinv2_scale.engine.inputs import open_inputs
+from swinv2_scale.engine.inputs import Inputs
 from swinv2_scale.engine.optim import learning_rate
 from swinv2_scale.models.factory import initialise
 from swinv2_scale.tasks.classification import ClassificationTask
@@ -85,16 +87,20 @@ def reference(config_path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights and losses of torch's own AdamW, every parameter a group of its own, whole batches, no DeepSpeed."""
     config = load_config(config_path, ["data.micro_batch_size=12", "data.num_workers=0"]).config
     task = ClassificationTask(config)
+    remote = RemoteFiles(config.data.remote)
+    inputs = Inputs(config, remote, read_shard_set(config.data.train, remote), None)
     model = task.build_model()
     initialise(model, config.seed)
-    scales = {n: 0.8 ** (1 + sum(config.model.depths) - layer_of(n, config.model.depths)) for n in dict(parameters(model))}
+    scales = {
+        n: 0.8 ** (1 + sum(config.model.depths) - layer_of(n, config.model.depths)) for n in dict(parameters(model))
+    }
     groups = [
         {"params": [p], "weight_decay": 0.05 if p.ndim > 1 and not any(w in n for w in EXEMPT) else 0.0, "name": n}
         for n, p in parameters(model)
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optim.betas, eps=config.optim.eps)
     losses = []
-    for step, batch in enumerate(open_inputs(config).training(task, 0, STEPS)):
+    for step, batch in enumerate(inputs.training(task, 0, STEPS)):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, config) * scales[group["name"]]
         optimizer.zero_grad()

@@ -38,7 +38,7 @@ def train(shards: Path) -> ShardSet:
 
 
 def compare(asked: RunConfig, train: ShardSet, folder: Path, **saved: Any) -> None:
-    facts = facts_of(asked, train)
+    facts = facts_of(asked, train, ())
     _compare_runs({**facts, "config": facts["config"] | saved}, asked, train, RunDirectory(folder))
 
 
@@ -90,7 +90,7 @@ def test_f07_every_difference_is_listed_at_once(asked: RunConfig, train: ShardSe
 def test_f07_other_shards_are_another_training_wherever_they_lie(
     asked: RunConfig, train: ShardSet, tmp_path: Path
 ) -> None:
-    facts = facts_of(asked, train)
+    facts = facts_of(asked, train, ())
     _compare_runs(json.loads(json.dumps(facts)), asked, train, RunDirectory(tmp_path))
     with pytest.raises(DataError, match="training shards are not the ones"):
         _compare_runs({**facts, "train_digest": "0"}, asked, train, RunDirectory(tmp_path))

@@ -193,7 +193,7 @@ def test_what_another_task_said_is_no_origin_of_a_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("rand-m9-mstd0.5-inc1", "rand-inc1", "rand-m9-inc1", "rand-n3-m7.5-mstd1-inc1", "rand-mstd0.5-inc1"),
+        *("rand-m9-mstd0.5-inc1", "rand-inc1", "rand-m9-inc1", "rand-n3-m7-mstd1-inc1", "rand-mstd0.5-inc1"),
         *("rand-inc1-m0", "rand-m10-n16-inc1", "rand-mstd10-inc1"),
     ],
 )
