@@ -83,12 +83,12 @@ def layer_of(name: str, depths: tuple[int, ...]) -> int:
 
 
 @pytest.fixture(scope="module")
-def reference(config_path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
+def reference(config_path: Path, shards: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights and losses of torch's own AdamW, every parameter a group of its own, whole batches, no DeepSpeed."""
     config = load_config(config_path, ["data.micro_batch_size=12", "data.num_workers=0"]).config
     task = ClassificationTask(config)
     remote = RemoteFiles(config.data.remote)
-    inputs = Inputs(config, remote, read_shard_set(config.data.train, remote), None)
+    inputs = Inputs(config, remote, read_shard_set(f"{shards}/fashion-mnist/train/*.tar"), None)
     model = task.build_model()
     initialise(model, config.seed)
     scales = {
@@ -139,14 +139,17 @@ def test_updates_are_those_of_plain_adamw_with_a_rate_for_each_parameter(
         assert torch.allclose(saved.tensor(name), expected, rtol=1e-5, atol=2e-6), name
 
 
-def test_weights_of_the_reference_move_by_their_layers_rates(reference: Any, config_path: Path) -> None:
-    """What the test above can tell apart: how far the weights go before their gradients count."""
+def test_weights_of_every_layer_move_further_than_the_tolerance(reference: Any, config_path: Path) -> None:
+    """Else the test above couldn't tell rates apart. The position bias has gradients far below eps and may rest."""
     weights, _ = reference
     config = load_config(config_path).config
     model = ClassificationTask(config).build_model()
     initialise(model, config.seed)
     moved = {name: (weights[name] - p.detach()).abs().max().item() for name, p in parameters(model)}
-    assert min(moved.values()) > 2e-5, min(moved, key=lambda name: moved[name])
+    for layer in range(sum(config.depths) + 2):
+        of_layer = [way for name, way in moved.items() if layer_of(name, config.depths) == layer]
+        assert max(of_layer) > 1e-3
+        assert sum(way > 2e-5 for way in of_layer) > len(of_layer) / 2
 
 
 @pytest.mark.parametrize(("processes", "case"), ALL)

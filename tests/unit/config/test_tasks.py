@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -229,9 +230,8 @@ def test_a_name_means_what_it_means_to_timm(name: str) -> None:
     ],
 )
 def test_a_name_that_is_not_understood_is_refused_with_one_that_is(tmp_path: Path, name: str, says: str) -> None:
-    with pytest.raises(ValueError, match="^") as caught:
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
         RandAugment.of(name)
-    assert says in str(caught.value)
     (problem,) = problems(tmp_path, CLASSIFICATION, f"task.aa='{name}'")
     assert problem.key == "task.aa"
     assert problem.message == f"{name!r}: {caught.value}"
