@@ -146,8 +146,8 @@ def test_weights_of_every_layer_move_further_than_the_tolerance(reference: Any, 
     model = ClassificationTask(config).build_model()
     initialise(model, config.seed)
     moved = {name: (weights[name] - p.detach()).abs().max().item() for name, p in parameters(model)}
-    for layer in range(sum(config.depths) + 2):
-        of_layer = [way for name, way in moved.items() if layer_of(name, config.depths) == layer]
+    for layer in range(sum(config.model.depths) + 2):
+        of_layer = [way for name, way in moved.items() if layer_of(name, config.model.depths) == layer]
         assert max(of_layer) > 1e-3
         assert sum(way > 2e-5 for way in of_layer) > len(of_layer) / 2
 
