@@ -286,16 +286,16 @@ def _plan_head(
     found = tuple(weights.metas["head.weight"].shape) if "head.weight" in weights.metas else None
     if head_map is not None:
         if found is None or shape is None or head == "new":
-            why = (
-                "the file has no head" if found is None else "the model has no head" if shape is None else "head='new'"
-            )
-            raise WeightsError(f"a head map is given for {weights.where}, but {why}", "leave out head_map")
+            missing = "the file has no head" if found is None else "the model has no head" if shape is None else ""
+            why = missing or "a new head is asked for"
+            raise WeightsError(f"a head map is given for {weights.where}, but {why}", "leave out the head map")
         rows = torch.tensor(read_head_map(head_map, found[0], shape[0]))
         return "derived", f"rows of {found[0]} classes picked by {head_map}", rows
     if head == "keep" and (shape is None or found != shape):
         theirs, ours = (f"a head of {s[0]} classes" if s else "no head" for s in (found, shape))
         raise WeightsError(
-            f"head='keep', but {weights.where} has {theirs}, the model {ours}", "use head='auto' or a head_map"
+            f"the head is to be kept, but {weights.where} has {theirs}, the model {ours}",
+            "ask for head auto or new, or give a head map (task.init_head, task.init_head_map in a configuration)",
         )
     if head == "new" or found is None or shape is None:
         return "new", "a new head was asked for" if found else "the file has no head", None
