@@ -41,7 +41,8 @@ endif
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# On a real Slurm, real ssh hosts and network namespaces of this machine; root's apt-get installs what is missing.
+# On a real Slurm, real ssh hosts and network namespaces of this machine, and the longest of the other tests; root's
+# apt-get installs what is missing.
 test-system: .venv/installed-dev
 	tests/system/install.sh
 	$(BIN)/python -m pytest -q -m system tests $(ARGS)

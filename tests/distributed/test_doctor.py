@@ -11,6 +11,9 @@ import pytest
 from tests.support.processes import REPOSITORY, Job, start
 from tests.support.small_run import write_config
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 WORKER = REPOSITORY / "tests" / "distributed" / "workers" / "doctor.py"
 FAULTS = ("none", "another configuration", "never comes", "stops after joining", "a store that never answers")
 #: The command's own promise, with its waits shortened; the rest is a busy machine's.

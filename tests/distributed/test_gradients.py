@@ -53,6 +53,7 @@ def giant() -> Path:
     return REPOSITORY / "configs" / "stages" / "giant" / "simmim_192w12.yaml"
 
 
+@pytest.mark.system
 def test_the_giant_stage_equals_eager_attention_without_checkpointing(
     giant: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -68,6 +69,7 @@ def test_the_giant_stage_equals_eager_attention_without_checkpointing(
     assert stage["count"] == plain["count"] > 200
 
 
+@pytest.mark.system
 def test_the_giant_stage_launches_and_trains(giant: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     finished = pretrain(

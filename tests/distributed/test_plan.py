@@ -15,6 +15,9 @@ from swinv2_scale.plan.zero import Sharding, checkpoint_bytes, states
 from tests.support.processes import run_worker
 from tests.support.small_run import write_config
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 RANKS = 2
 #: Three and six heads: nothing but the padding makes parts of an odd number of temperatures equal.
 BASE = (

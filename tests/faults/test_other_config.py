@@ -68,10 +68,8 @@ def test_f07_a_key_that_may_change_is_said_with_what_that_does(
     train: ShardSet,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = plain(asked)[key]
-    monkeypatch.setattr(log(), "propagate", True)  # a job in this process would have switched it off
     with caplog.at_level(logging.INFO, log().name):
         compare(asked, train, tmp_path, **{key: other(now)})
     verdict = "may change, changes the numbers" if resume_policy(key) == "warn" else "may change"

@@ -29,6 +29,7 @@ def rows(output: str) -> list[dict[str, str]]:
     return [dict(zip(header, line, strict=True)) for line in table]
 
 
+@pytest.mark.system
 def test_the_smoke_test_measures_a_real_step() -> None:
     (row,) = rows(run("--smoke", "--steps", "2", "--peak-tflops", "1"))
     assert row["model"] == "tiny"
