@@ -75,7 +75,7 @@ class PeakMemory:
         return self._peak
 
     def _watch(self) -> None:
-        while not self._done.wait(0.25):
+        while not self._done.wait(2):  # to look costs the watched processes time
             total = 0
             try:
                 processes = [self._root, *self._root.children(recursive=True)]
