@@ -2,14 +2,16 @@
 
     .venv/bin/python benchmarks/startup.py > benchmarks/results/startup_HARDWARE_YYYYMM.md
 
-One process, plain python, the embedded shards written before. CPU seconds are the rank's own (all threads, user and
-system) when the first row of RUN/metrics.jsonl is there; its loader's workers beside them. Imports are each a
-process of its own. All take turns; medians.
+Two ranks without a launcher, the embedded shards written before. CPU seconds are rank 0's own (all threads, user and
+system) when the first row of RUN/metrics.jsonl is there; its loader's workers beside them. Imports are each a process
+of its own. All take turns; medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -68,9 +70,17 @@ def first_step(folder: Path, number: int) -> tuple[float, float, float]:
     """CPU and wall seconds of the rank until its first step is written down, and its workers' CPU seconds."""
     run = folder / f"run{number}"
     command = [sys.executable, "launch/pretrain.py", "--config", "configs/quickstart/simmim.yaml", "--run-dir", run]
-    words = [f"data.shards_dir={folder}/shards", "cluster.world_size=null"]
+    command.append(f"data.shards_dir={folder}/shards")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        common["MASTER_PORT"] = str(free.getsockname()[1])
     started = time.perf_counter()
-    process = psutil.Popen([*command, *words], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(psutil.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, env=environment))
+    process = ranks[0]
     metrics = run / "metrics.jsonl"
     while not (metrics.is_file() and metrics.stat().st_size):
         if process.poll() is not None:
@@ -78,8 +88,10 @@ def first_step(folder: Path, number: int) -> tuple[float, float, float]:
         time.sleep(0.01)
     wall, own = time.perf_counter() - started, process.cpu_times()
     workers = sum(sum(child.cpu_times()[:2]) for child in process.children(recursive=True))
-    process.terminate()
-    process.wait()
+    for one in ranks:
+        one.terminate()
+    for one in ranks:
+        one.wait()
     return own.user + own.system, wall, workers
 
 

@@ -13,6 +13,9 @@ from swinv2_scale.engine.consolidate import SavedTensors
 from tests.support.processes import pretrain, run_worker
 from tests.support.small_run import LIGHT, metrics, write_config
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 WORLDS = (1, 2, 4)
 #: What a checkpoint of two processes at stage 3 in bf16 is restored into, beside itself.
 LAYOUTS = ("0 fp32", "1 bf16", "3 bf16_autocast")

@@ -11,6 +11,9 @@ import pytest
 from tests.support.processes import run_worker
 from tests.support.small_run import write_config
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 #: Parts and parameters of a MiB and more are swapped, smaller ones stay in memory: both are here. One process adds two
 #: micro-batches up, two have one each. Without clipping: DeepSpeed adds the norm up in another order where states are
 #: offloaded.

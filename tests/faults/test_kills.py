@@ -4,6 +4,9 @@ import pytest
 
 from tests.support.kills import Course, Death, End, Kill, chain
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
