@@ -220,7 +220,11 @@ def test_f16_a_time_limit_a_drained_node_and_a_cancelled_job_lose_nothing(cluste
     time.sleep(1)
     assert slurm.job(job)["JobState"] == "CANCELLED"  # our script didn't requeue it
     found = status(run)
-    assert [(life["exit_code"], reason(life)) for life in found["lives"]] == [(85, "SIGUSR1"), (85, "SIGTERM")]
+    assert [life["exit_code"] for life in found["lives"]] == [85, 85]
+    timed_out, cancelled = map(reason, found["lives"])
+    assert timed_out == "SIGUSR1"
+    # scancel tells the tasks and the script, whose own signal srun hands on; either may be the first.
+    assert cancelled in ("SIGTERM", "SIGUSR1")
     assert newest_step(run) == num_steps(run) == found["checkpoint"]["step"]
 
 
