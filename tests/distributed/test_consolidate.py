@@ -11,6 +11,9 @@ from swinv2_scale.engine.checkpoint import open_run_or_checkpoint
 from swinv2_scale.engine.consolidate import SavedTensors
 from tests.support.processes import run_worker
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 #: tests/distributed/test_stages.py has the real model at every stage and precision, on one and two ranks.
 CASES = ["0 fp32", "1 fp32", "1 bf16", "2 fp32", "2 bf16", "3 fp32", "3 bf16"]
 FROZEN = ["frozen", "frozen_too"]

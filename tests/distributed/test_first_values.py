@@ -11,6 +11,9 @@ from swinv2_scale.models.factory import initialise
 from swinv2_scale.tasks.simmim import SimMIMTask
 from tests.support.processes import REPOSITORY, run_worker
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 CONFIG = REPOSITORY / "configs" / "stages" / "giant" / "simmim_192w12.yaml"
 #: Everything of G but its width, and all of it sharded: no parameter is small enough to stay whole.
 NARROW = (

@@ -26,6 +26,9 @@ from tests.distributed.workers.layer_decay import STEPS
 from tests.support.processes import run_worker
 from tests.support.small_run import write_config
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 CASES = {
     1: ["0 fp32"],
     2: ["0 fp32", "1 fp32", "2 fp32", "3 fp32", "0 bf16", "3 bf16"],

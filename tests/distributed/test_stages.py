@@ -12,6 +12,9 @@ from swinv2_scale.engine.consolidate import ALLOWED_CLASSES, SavedTensors
 from tests.support.processes import run_worker
 from tests.support.small_run import write_config
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 STAGES = [
     f"{stage} {precision}"
     for stage in range(4)

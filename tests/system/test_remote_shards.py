@@ -17,6 +17,9 @@ from tests.support.http_store import Fault, http_store
 from tests.support.processes import pretrain
 from tests.support.small_run import LIGHT, metrics, write_config
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
