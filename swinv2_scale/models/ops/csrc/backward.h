@@ -1,0 +1,259 @@
+// Backward: scores are computed again from the saved logarithms of sums; gradients of queries, keys, values, the
+// half-expanded bias and the scale come out of the same pass over blocks of queries x keys.
+#pragma once
+
+#include "tile.h"
+
+namespace {
+
+#ifndef BACKWARD_QUERIES
+#define BACKWARD_QUERIES 48
+#endif
+#ifndef BACKWARD_KEYS
+#define BACKWARD_KEYS 64
+#endif
+#ifndef BACKWARD_SPAN
+#define BACKWARD_SPAN 512
+#endif
+// A block; and keys whose panels, rows and gradients stay in the second-level cache while all queries go by.
+constexpr int kBackwardQueries = BACKWARD_QUERIES, kBackwardKeys = BACKWARD_KEYS, kBackwardSpan = BACKWARD_SPAN;
+
+template <class In, class M, int kDim>
+struct Backward {
+  using T = typename M::T;
+  using Unit = typename M::Unit;
+  using Vec = Vector<T>;
+  static constexpr int W = kLanes<T>;
+
+  const Problem& p;
+  const Group& g;
+  const Sizes<M, kDim> size;
+  T *half, *grad_half, *rows, *key_grads, *value_grads, *query_grads, *logsumexp, *delta, *key_factors, *query_factors;
+  Unit *packed, *key_panels, *value_panels, *key_columns, *query_rows, *query_columns, *grad_rows, *grad_columns;
+  Unit *weights, *scores, *score_rows;  // of one block: P and dS across queries, and dS along keys
+  Vec *row_sum, *row_cosine, *row_scale;
+  int* slice;
+  size_t bytes;
+  double grad_scale = 0;
+
+  Backward(const Problem& problem, const Group& group, char* scratch) : p(problem), g(group), size(problem, group) {
+    Carver carver{reinterpret_cast<uintptr_t>(scratch)};
+    const size_t keys = size.keys, queries = size.queries, pair = M::kPair;
+    half = carver.take<T>(half_expanded_size(g) + size.keys - size.n);
+    grad_half = carver.take<T>(half_expanded_size(g) + size.keys - size.n);
+    rows = carver.take<T>(size_t(kRows > W ? kRows : W) * size.dim);
+    packed = carver.take<Unit>(size_t(W) * size.units);
+    key_panels = carver.take<Unit>(keys * size.units);
+    value_panels = carver.take<Unit>(keys * size.units);
+    key_columns = carver.take<Unit>(keys / pair * size.dim);
+    query_rows = carver.take<Unit>(queries * size.units);
+    grad_rows = carver.take<Unit>(queries * size.units);
+    query_columns = pair == 1 ? query_rows : carver.take<Unit>(queries / pair * size.dim);
+    grad_columns = pair == 1 ? grad_rows : carver.take<Unit>(queries / pair * size.dim);
+    key_grads = carver.take<T>(keys * size.dim);
+    value_grads = carver.take<T>(keys * size.dim);
+    query_grads = carver.take<T>(queries * size.dim);
+    logsumexp = carver.take<T>(queries);
+    delta = carver.take<T>(queries);
+    weights = carver.take<Unit>(kBackwardQueries / pair * kBackwardKeys);
+    scores = carver.take<Unit>(kBackwardQueries / pair * kBackwardKeys);
+    score_rows = pair == 1 ? scores : carver.take<Unit>(kBackwardQueries * kBackwardKeys / pair);
+    row_sum = carver.take<Vec>(queries);
+    row_cosine = carver.take<Vec>(queries);
+    row_scale = carver.take<Vec>(M::kRaw ? queries : 0);
+    key_factors = carver.take<T>(M::kRaw ? keys : 0);
+    query_factors = carver.take<T>(M::kRaw ? queries : 0);
+    slice = carver.take<int>(queries);
+    bytes = carver.used;
+  }
+
+  void run(const Item& item, int64_t index) {
+    for (int i = 0; i < size.queries; i++) slice[i] = i < size.n ? slice_of(g, i) : 0;
+    expand(g, static_cast<const T*>(p.bias_table) + item.head * p.table_size, half);
+    __builtin_memset(half + half_expanded_size(g), 0, sizeof(T) * (size.keys - size.n));
+    __builtin_memset(grad_half, 0, sizeof(T) * (half_expanded_size(g) + size.keys - size.n));
+    const T scale = static_cast<const T*>(p.logit_scale)[item.head];
+    for (int64_t tile = item.first; tile < item.last; tile++) {
+      const Place place(p, item, tile);
+      read_keys(place);
+      read_queries(place, scale * T(kLog2e));
+      __builtin_memset(key_grads, 0, sizeof(T) * size.keys * size.dim);
+      __builtin_memset(value_grads, 0, sizeof(T) * size.keys * size.dim);
+      __builtin_memset(query_grads, 0, sizeof(T) * size.queries * size.dim);
+      for (int span = 0; span < size.keys; span += kBackwardSpan) {
+        const int end = size.keys - span < kBackwardSpan ? size.keys : span + kBackwardSpan;
+        for (int first = 0; first < size.queries; first += kBackwardQueries)
+          for (int from = span; from < end; from += kBackwardKeys)
+            block(first, size.queries - first < kBackwardQueries ? size.queries : first + kBackwardQueries, from,
+                  end - from < kBackwardKeys ? end : from + kBackwardKeys);
+      }
+      write_queries(place, scale);
+      write_keys(place);
+    }
+    static_cast<double*>(p.grad_scale)[index] = grad_scale;
+    collapse(g, grad_half, static_cast<T*>(p.grad_table) + index * p.table_size);
+  }
+
+  void read_keys(const Place& place) {
+    const In* keys = static_cast<const In*>(p.qkv) + place.qkv + place.part;
+    for (int j = 0; j < size.keys; j += W) {
+      read_rows(keys, place.token, place.tokens, g.key_place, j, W, size, rows);
+      normalise_rows<M>(rows, W, T(1), size, key_factors + j);
+      to_columns<M>(rows, W, size, key_columns + size_t(j) / M::kPair * size.dim);
+      to_units<M>(rows, W, size, packed);
+      to_panel<M>(packed, size, key_panels + size_t(j) * size.units);
+      read_rows(keys + place.part, place.token, place.tokens, g.key_place, j, W, size, rows);
+      to_units<M>(rows, W, size, packed);
+      to_panel<M>(packed, size, value_panels + size_t(j) * size.units);
+    }
+  }
+
+  void read_queries(const Place& place, T scale) {
+    const In* queries = static_cast<const In*>(p.qkv) + place.qkv;
+    const In* grad_out = static_cast<const In*>(p.grad_out) + place.out;
+    const In* out = static_cast<const In*>(p.out) + place.out;
+    for (int i = 0; i < size.queries; i += kRows) {
+      read_rows(queries, place.token, place.tokens, g.query_place, i, kRows, size, rows);
+      normalise_rows<M>(rows, kRows, scale, size, query_factors + i);
+      keep_rows(rows, i, query_rows, query_columns);
+      read_rows(out, place.out_token, place.tokens, g.query_place, i, kRows, size, query_grads);
+      read_rows(grad_out, place.out_token, place.tokens, g.query_place, i, kRows, size, rows);
+      keep_rows(rows, i, grad_rows, grad_columns);
+      for (int k = 0; k < kRows; k++) {
+        const bool is_real = i + k < size.n;
+        delta[i + k] = dot(rows + k * size.dim, query_grads + k * size.dim, size.dim);
+        // A query that only fills the last rows weighs nothing.
+        logsumexp[i + k] =
+            is_real ? static_cast<const T*>(p.logsumexp)[place.sum + place.tokens[g.query_place[i + k]]] : T(1e4);
+      }
+    }
+    __builtin_memset(static_cast<void*>(row_sum), 0, sizeof(Vec) * size.queries);
+    __builtin_memset(static_cast<void*>(row_cosine), 0, sizeof(Vec) * size.queries);
+    if (M::kRaw) __builtin_memset(static_cast<void*>(row_scale), 0, sizeof(Vec) * size.queries);
+  }
+
+  INLINE void keep_rows(const T* from, int i, Unit* as_rows, Unit* as_columns) {
+    to_units<M>(from, kRows, size, as_rows + size_t(i) * size.units);
+    if constexpr (M::kPair > 1) to_columns<M>(from, kRows, size, as_columns + size_t(i) / M::kPair * size.dim);
+  }
+
+  // Queries [first, last) against keys [from, to).
+  void block(int first, int last, int from, int to) {
+    for (int i = first; i < last; i += kRows) {
+      int j = from;
+      for (; j + kPanels * W <= to && j + kPanels * W <= size.n; j += kPanels * W)
+        differentiate<kPanels, false>(first, i, from, j);
+      for (; j + W <= size.n && j < to; j += W) differentiate<1, false>(first, i, from, j);
+      for (; j < to; j += W) differentiate<1, true>(first, i, from, j);
+      accumulate<M>(query_grads + size_t(i) * size.dim, score_rows + (i - first) * kBackwardKeys / M::kPair,
+                    kBackwardKeys / M::kPair, 1, key_columns + size_t(from) / M::kPair * size.dim,
+                    (to - from) / M::kPair, size.dim);
+    }
+    const int units = (last - first) / M::kPair;
+    const size_t at = size_t(first) / M::kPair * size.dim;
+    for (int j = from; j < to; j += kRows) {
+      accumulate<M>(key_grads + size_t(j) * size.dim, scores + j - from, 1, kBackwardKeys, query_columns + at, units,
+                    size.dim);
+      accumulate<M>(value_grads + size_t(j) * size.dim, weights + j - from, 1, kBackwardKeys, grad_columns + at, units,
+                    size.dim);
+    }
+  }
+
+  // P and dS of kRows queries with P * W keys from the j-th on, and what they add to the bias's gradient.
+  template <int P, bool kEnds>
+  INLINE void differentiate(int first, int i0, int from, int j) {
+    Vec x[kRows][P], weight[kRows][P], cosine[kRows][P];  // cosine: times scale * log2(e)
+    const int* at = slice + i0;
+    UNROLL for (int i = 0; i < kRows; i++) {
+      UNROLL for (int v = 0; v < P; v++) x[i][v] = M::kRaw ? Vec{} : load(half + at[i] + j + v * W) - logsumexp[i0 + i];
+    }
+    score<M, P>(query_rows + size_t(i0) * size.units, key_panels + size_t(j) * size.units, size.units, x);
+    UNROLL for (int i = 0; i < kRows; i++) {
+      UNROLL for (int v = 0; v < P; v++) {
+        const Vec bias = load(half + at[i] + j + v * W) - logsumexp[i0 + i];
+        if constexpr (M::kRaw) {
+          cosine[i][v] = x[i][v] * (load(key_factors + j + v * W) * query_factors[i0 + i]);
+          weight[i][v] = exp2_of(cosine[i][v] + bias);
+        } else {
+          cosine[i][v] = x[i][v] - bias;
+          weight[i][v] = exp2_of(x[i][v]);
+        }
+        if constexpr (kEnds) weight[i][v] = lane_numbers<T>() < T(size.n - j) ? weight[i][v] : Vec{};
+        row_cosine[i0 + i] += weight[i][v] * cosine[i][v];
+      }
+    }
+    store_block<P>(weights, i0 - first, j - from, weight);
+    UNROLL for (int i = 0; i < kRows; i++) {
+      UNROLL for (int v = 0; v < P; v++) x[i][v] = splat(-delta[i0 + i]);
+    }
+    score<M, P>(grad_rows + size_t(i0) * size.units, value_panels + size_t(j) * size.units, size.units, x);
+    UNROLL for (int i = 0; i < kRows; i++) {
+      UNROLL for (int v = 0; v < P; v++) {
+        x[i][v] *= weight[i][v];
+        row_sum[i0 + i] += x[i][v];
+        if constexpr (M::kRaw) row_scale[i0 + i] += x[i][v] * cosine[i][v];
+        T* to = grad_half + at[i] + j + v * W;
+        store(to, load(to) + x[i][v]);
+      }
+    }
+    if constexpr (M::kRaw) {
+      // Each product takes the factor of what it is summed over.
+      Vec by_key[kRows][P];
+      UNROLL for (int i = 0; i < kRows; i++) {
+        UNROLL for (int v = 0; v < P; v++) {
+          by_key[i][v] = x[i][v] * load(key_factors + j + v * W);
+          x[i][v] *= query_factors[i0 + i];
+        }
+        M::store_row(score_rows + ((i0 - first + i) * kBackwardKeys + j - from) / M::kPair, by_key[i]);
+      }
+    }
+    store_block<P>(scores, i0 - first, j - from, x);
+  }
+
+  template <int P>
+  INLINE void store_block(Unit* block, int i0, int j, const Vec (&x)[kRows][P]) {
+    UNROLL for (int i = 0; i < kRows; i += M::kPair) {
+      UNROLL for (int v = 0; v < P; v++) {
+        Vec pair[M::kPair];
+        UNROLL for (int k = 0; k < M::kPair; k++) pair[k] = x[i + k][v];
+        M::store_rows(block + (i0 + i) / M::kPair * kBackwardKeys + j + v * W, pair);
+      }
+    }
+  }
+
+  // x^ = x / |x|, so the gradient loses its part along x^: dx = (g - x^ (x^ . g)) / |x|. Returns x^ . g.
+  INLINE T write_gradient(const T* x, const T* g_, T factor, In* to) {
+    const T norm = reciprocal_norm(x, size.dim);
+    const T along = dot(x, g_, size.dim) * norm;
+    for (int d = 0; d < size.real_dim; d++) to[d] = narrow<In>(norm * factor * (g_[d] - x[d] * norm * along));
+    return along;
+  }
+
+  void write_queries(const Place& place, T scale) {
+    const In* queries = static_cast<const In*>(p.qkv) + place.qkv;
+    const double in_cosines = 1 / (double(scale) * kLog2e);
+    for (int i = 0; i < size.n; i++) {
+      const int64_t at = place.tokens[g.query_place[i]] * place.token;
+      read_rows(queries, place.token, place.tokens, g.query_place, i, 1, size, rows);
+      double along = write_gradient(rows, query_grads + size_t(i) * size.dim, scale,
+                                    static_cast<In*>(p.grad_qkv) + place.qkv + at);
+      if constexpr (M::kRaw) along = sum<T>(row_scale[i]) * in_cosines;  // of numbers that were not rounded
+      // The scale's gradient is the sum of dS * cos, but delta = grad_out . out is off by the rounding of `out`, and that
+      // by up to a fifth in bfloat16. Rows of dS sum to zero: what is left is that error, times P.
+      grad_scale += along - double(sum<T>(row_sum[i])) * sum<T>(row_cosine[i]) * in_cosines;
+    }
+  }
+
+  void write_keys(const Place& place) {
+    const In* keys = static_cast<const In*>(p.qkv) + place.qkv + place.part;
+    for (int j = 0; j < size.n; j++) {
+      read_rows(keys, place.token, place.tokens, g.key_place, j, 1, size, rows);
+      In* to = static_cast<In*>(p.grad_qkv) + place.qkv + place.tokens[g.key_place[j]] * place.token + place.part;
+      // Queries carry log2(e) for the powers of two.
+      write_gradient(rows, key_grads + size_t(j) * size.dim, T(1 / kLog2e), to);
+      for (int d = 0; d < size.real_dim; d++) to[place.part + d] = narrow<In>(value_grads[size_t(j) * size.dim + d]);
+    }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,106 @@
+"""``fused``: attention on CPUs by our own kernels (csrc/), forward and backward without a matrix of queries x keys.
+
+Kept for backward are qkv, the output and one number a token and head (the logarithm of the softmax's sum). The same input
+gives the same bits for any number of threads. ``swinv2-scale kernels build`` compiles them; nothing here does.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinv2_scale.errors import ConfigError
+from swinv2_scale.models.ops import build
+from swinv2_scale.models.precision import wide_type
+from swinv2_scale.models.tiles import Tiling
+
+#: From the best to what runs everywhere, with what torch calls the CPU's capability. It also heeds the environment's
+#: ATEN_CPU_CAPABILITY, so that torch and we use the same instructions.
+KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
+_CAPABILITY = {"AVX512": KERNELS, "AVX2": KERNELS[2:]}
+
+
+def fused(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling) -> Tensor:
+    """See the contract in attend.py. float16 takes a float32 copy; load() comes first."""
+    if qkv.dtype == torch.float16:
+        return fused(qkv.float(), logit_scale, bias_table, tiles).half()
+    num_tiles = [group.num_tiles for group in tiles.groups]
+    sides = [side for group in tiles.groups for side in group.shape]
+    wide = wide_type(qkv.dtype)
+    out, _ = torch.ops.swinv2_scale.window_attention(
+        qkv.contiguous(),
+        logit_scale.to(wide).contiguous(),
+        bias_table.to(wide).contiguous(),
+        tiles.order,
+        num_tiles,
+        sides,
+    )
+    return out  # type: ignore[no-any-return]
+
+
+@cache
+def load() -> str:
+    """Load the kernels and choose those of this CPU; returns their name.
+
+    Raises:
+        ConfigError: they are not built, or what was built can't be loaded.
+    """
+    path = build.find()
+    if path is None:
+        raise ConfigError(
+            f"model.attention.backend fused: its kernels are not built for torch {torch.__version__} in {build.places()}",
+            "run `swinv2-scale kernels build` (a C++ compiler is needed), or choose auto, eager or sequential",
+        )
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be loaded: {error}", f"delete it and run `swinv2-scale kernels build`") from None
+    _register()
+    allowed = _CAPABILITY.get(torch.backends.cpu.get_cpu_capability().partition("_")[0].upper(), KERNELS[-1:])
+    usable = torch.ops.swinv2_scale.usable_kernels()
+    name = next(name for name in allowed if name in usable)
+    torch.ops.swinv2_scale.select_kernels(name)
+    return name
+
+
+def _register() -> None:
+    """What torch.compile and autograd know about the operators."""
+    torch.library.register_fake("swinv2_scale::window_attention", _shapes)
+    torch.library.register_fake("swinv2_scale::window_attention_backward", _backward_shapes)
+    torch.library.register_autograd("swinv2_scale::window_attention", _backward, setup_context=_keep)
+
+
+def _shapes(
+    qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, order: Tensor, num_tiles: list[int], sides: list[int]
+) -> tuple[Tensor, Tensor]:
+    batch, length, _, heads, dim = qkv.shape
+    return qkv.new_empty((batch, length, heads, dim)), logit_scale.new_empty((batch, heads, length))
+
+
+def _backward_shapes(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    logit_scale: Tensor,
+    bias_table: Tensor,
+    order: Tensor,
+    num_tiles: list[int],
+    sides: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(qkv), torch.empty_like(logit_scale), torch.empty_like(bias_table)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, logit_scale, bias_table, order, ctx.num_tiles, ctx.sides = inputs
+    ctx.save_for_backward(qkv, *output, logit_scale, bias_table, order)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.swinv2_scale.window_attention_backward(
+        grad_out.contiguous(), *ctx.saved_tensors, ctx.num_tiles, ctx.sides
+    )
+    return *gradients, None, None, None
