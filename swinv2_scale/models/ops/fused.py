@@ -1,7 +1,7 @@
 """``fused``: attention on CPUs by our own kernels (csrc/), forward and backward without a matrix of queries x keys.
 
-Kept for backward are qkv, the output and one number a token and head (the logarithm of the softmax's sum). The same input
-gives the same bits for any number of threads. ``swinv2-scale kernels build`` compiles them; nothing here does.
+Kept for backward are qkv, the output and one number a token and head (the logarithm of the softmax's sum). The same
+input gives the same bits for any number of threads. ``swinv2-scale kernels build`` compiles them; nothing here does.
 """
 
 from __future__ import annotations
@@ -51,13 +51,16 @@ def load() -> str:
     path = build.find()
     if path is None:
         raise ConfigError(
-            f"model.attention.backend fused: its kernels are not built for torch {torch.__version__} in {build.places()}",
+            f"model.attention.backend fused: it is not built for torch {torch.__version__} in "
+            f"{' or '.join(map(str, build.places()))}",
             "run `swinv2-scale kernels build` (a C++ compiler is needed), or choose auto, eager or sequential",
         )
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
-        raise ConfigError(f"{path} can't be loaded: {error}", f"delete it and run `swinv2-scale kernels build`") from None
+        raise ConfigError(
+            f"{path} can't be loaded: {error}", "delete it and run `swinv2-scale kernels build`"
+        ) from None
     _register()
     allowed = _CAPABILITY.get(torch.backends.cpu.get_cpu_capability().partition("_")[0].upper(), KERNELS[-1:])
     usable = torch.ops.swinv2_scale.usable_kernels()

@@ -87,6 +87,7 @@ struct Backward {
             block(first, size.queries - first < kBackwardQueries ? size.queries : first + kBackwardQueries, from,
                   end - from < kBackwardKeys ? end : from + kBackwardKeys);
       }
+      if (size.n == 1) forget_scores();
       write_queries(place, scale);
       write_keys(place);
     }
@@ -219,6 +220,15 @@ struct Backward {
         M::store_rows(block + (i0 + i) / M::kPair * kBackwardKeys + j + v * W, pair);
       }
     }
+  }
+
+  // A token alone has all the weight whatever it scores: what is there is rounding, where nothing should be.
+  void forget_scores() {
+    __builtin_memset(query_grads, 0, sizeof(T) * size.queries * size.dim);
+    __builtin_memset(key_grads, 0, sizeof(T) * size.keys * size.dim);
+    __builtin_memset(grad_half, 0, sizeof(T) * (half_expanded_size(g) + size.keys - size.n));
+    __builtin_memset(static_cast<void*>(row_sum), 0, sizeof(Vec) * size.queries);
+    if (M::kRaw) __builtin_memset(static_cast<void*>(row_scale), 0, sizeof(Vec) * size.queries);
   }
 
   // x^ = x / |x|, so the gradient loses its part along x^: dx = (g - x^ (x^ . g)) / |x|. Returns x^ . g.

@@ -11,7 +11,11 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace {
 
@@ -130,27 +134,41 @@ INLINE Vector<double> exp2_of(Vector<double> x) {
   return reinterpret_cast<Vector<double>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 52));
 }
 
-// a[0] b[0] a[1] b[1] .. of the lower halves, and of the upper ones.
-template <class V, size_t... i>
-INLINE V zip_low(V a, V b, std::index_sequence<i...>) {
-  return __builtin_shufflevector(a, b, (i / 2 + i % 2 * sizeof...(i))...);
+// Picks lanes of two vectors, as one: a's are the first.
+template <class V, class Lane, Lane... lane>
+INLINE V pick(V a, V b, std::integer_sequence<Lane, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  typedef Lane Lanes __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Lanes{lane...});
+#endif
 }
-template <class V, size_t... i>
-INLINE V zip_high(V a, V b, std::index_sequence<i...>) {
-  return __builtin_shufflevector(a, b, ((sizeof...(i) + i) / 2 + i % 2 * sizeof...(i))...);
+// a[0] b[0] a[1] b[1] .. from the first-th lane on, half a vector of each.
+template <int kFirst, class V, class Lane, Lane... lane>
+INLINE V zip(V a, V b, std::integer_sequence<Lane, lane...>) {
+  return pick(a, b, std::integer_sequence<Lane, (kFirst + lane / 2 + lane % 2 * Lane(sizeof...(lane)))...>{});
 }
+template <int kSize>
+struct LaneOf {
+  using type = int32_t;
+};
+template <>
+struct LaneOf<8> {
+  using type = int64_t;
+};
 
 // Transposes a square of lanes: rows[i][d] of p[i * stride + d] to out[d * lanes + i].
 template <class T>
 INLINE void transpose_square(const T* p, int stride, T* out) {
   constexpr int W = kLanes<T>;
-  constexpr auto all = std::make_index_sequence<W>{};
+  constexpr auto all = std::make_integer_sequence<typename LaneOf<sizeof(T)>::type, W>{};
   Vector<T> a[W], b[W];
   UNROLL for (int i = 0; i < W; i++) a[i] = load(p + i * stride);
   UNROLL for (int step = 1; step < W; step *= 2) {
     UNROLL for (int i = 0; i < W / 2; i++) {
-      b[2 * i] = zip_low(a[i], a[i + W / 2], all);
-      b[2 * i + 1] = zip_high(a[i], a[i + W / 2], all);
+      b[2 * i] = zip<0>(a[i], a[i + W / 2], all);
+      b[2 * i + 1] = zip<W / 2>(a[i], a[i + W / 2], all);
     }
     UNROLL for (int i = 0; i < W; i++) a[i] = b[i];
   }
