@@ -7,6 +7,7 @@ input gives the same bits for any number of threads. ``swinv2-scale kernels buil
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,8 @@ from swinv2_scale.models.ops import build
 from swinv2_scale.models.precision import wide_type
 from swinv2_scale.models.tiles import Tiling
 
-#: From the best to what runs everywhere, with what torch calls the CPU's capability. It also heeds the environment's
-#: ATEN_CPU_CAPABILITY, so that torch and we use the same instructions.
+#: From the best to what runs everywhere.
 KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
-_CAPABILITY = {"AVX512": KERNELS, "AVX2": KERNELS[2:]}
 
 
 def fused(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling) -> Tensor:
@@ -41,7 +40,6 @@ def fused(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling) -
     return out  # type: ignore[no-any-return]
 
 
-@cache
 def load() -> str:
     """Load the kernels and choose those of this CPU; returns their name.
 
@@ -55,18 +53,29 @@ def load() -> str:
             f"{' or '.join(map(str, build.places()))}",
             "run `swinv2-scale kernels build` (a C++ compiler is needed), or choose auto, eager or sequential",
         )
+    return _load(path)
+
+
+@cache
+def _load(path: Path) -> str:
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
-        raise ConfigError(
-            f"{path} can't be loaded: {error}", "delete it and run `swinv2-scale kernels build`"
-        ) from None
+        message = f"model.attention.backend fused: {path} can't be loaded: {error}"
+        raise ConfigError(message, "delete it and run `swinv2-scale kernels build`") from None
     _register()
-    allowed = _CAPABILITY.get(torch.backends.cpu.get_cpu_capability().partition("_")[0].upper(), KERNELS[-1:])
-    usable = torch.ops.swinv2_scale.usable_kernels()
-    name = next(name for name in allowed if name in usable)
+    name = best(torch.backends.cpu.get_cpu_capability(), torch.ops.swinv2_scale.usable_kernels())
     torch.ops.swinv2_scale.select_kernels(name)
     return name
+
+
+def best(capability: str, usable: list[str]) -> str:
+    """The kernels to take: of those that the CPU can run, the best that torch's capability allows.
+
+    It heeds the environment's ATEN_CPU_CAPABILITY, so that torch and we use the same instructions.
+    """
+    allowed = {"AVX512": KERNELS, "AVX2": KERNELS[2:]}.get(capability, KERNELS[-1:])
+    return next(name for name in allowed if name in usable)
 
 
 def _register() -> None:
