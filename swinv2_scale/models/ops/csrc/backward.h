@@ -33,6 +33,7 @@ struct Backward {
   Unit *weights, *scores, *score_rows;  // of one block: P and dS across queries, and dS along keys
   Vec *row_sum, *row_cosine, *row_scale;
   int* slice;
+  Place next;
   size_t bytes;
   double grad_scale = 0;
 
@@ -75,6 +76,8 @@ struct Backward {
     const T scale = static_cast<const T*>(p.logit_scale)[item.head];
     for (int64_t tile = item.first; tile < item.last; tile++) {
       const Place place(p, item, tile);
+      next = Place(p, item, tile + 1);
+      if (tile + 1 == item.last || 5 * size.n * size.dim * int(sizeof(In)) > kSmallTile) next.tokens = nullptr;
       read_keys(place);
       read_queries(place, scale * T(kLog2e));
       __builtin_memset(key_grads, 0, sizeof(T) * size.keys * size.dim);
@@ -98,13 +101,16 @@ struct Backward {
   void read_keys(const Place& place) {
     const In* keys = static_cast<const In*>(p.qkv) + place.qkv + place.part;
     for (int j = 0; j < size.keys; j += W) {
-      read_rows(keys, place.token, place.tokens, g.key_place, j, W, size, rows);
-      normalise_rows<M>(rows, W, T(1), size, key_factors + j);
-      to_columns<M>(rows, W, size, key_columns + size_t(j) / M::kPair * size.dim);
-      to_units<M>(rows, W, size, packed);
-      to_panel<M>(packed, size, key_panels + size_t(j) * size.units);
-      read_rows(keys + place.part, place.token, place.tokens, g.key_place, j, W, size, rows);
-      to_units<M>(rows, W, size, packed);
+      Unit* columns = key_columns + size_t(j) / M::kPair * size.dim;
+      T* key = staging<M>(rows, columns);
+      read_rows(keys, place.token, place.tokens, g.key_place, j, W, size, key);
+      normalise_rows<M>(key, W, T(1), size, key_factors + j);
+      pack_columns<M>(key, W, size, columns);
+      pack_rows<M>(key, W, size, packed);
+      to_panel<M>(M::kPair == 1 ? columns : packed, size, key_panels + size_t(j) * size.units);
+      T* value = staging<M>(rows, packed);
+      read_rows(keys + place.part, place.token, place.tokens, g.key_place, j, W, size, value);
+      pack_rows<M>(value, W, size, packed);
       to_panel<M>(packed, size, value_panels + size_t(j) * size.units);
     }
   }
@@ -114,15 +120,20 @@ struct Backward {
     const In* grad_out = static_cast<const In*>(p.grad_out) + place.out;
     const In* out = static_cast<const In*>(p.out) + place.out;
     for (int i = 0; i < size.queries; i += kRows) {
-      read_rows(queries, place.token, place.tokens, g.query_place, i, kRows, size, rows);
-      normalise_rows<M>(rows, kRows, scale, size, query_factors + i);
-      keep_rows(rows, i, query_rows, query_columns);
+      const size_t at = size_t(i) * size.units;
+      T* query = staging<M>(rows, query_rows + at);
+      read_rows(queries, place.token, place.tokens, g.query_place, i, kRows, size, query);
+      normalise_rows<M>(query, kRows, scale, size, query_factors + i);
+      pack_rows<M>(query, kRows, size, query_rows + at);
+      pack_columns<M>(query, kRows, size, query_columns + at);
+      T* grad = staging<M>(rows, grad_rows + at);
+      read_rows(grad_out, place.out_token, place.tokens, g.query_place, i, kRows, size, grad);
+      pack_rows<M>(grad, kRows, size, grad_rows + at);
+      pack_columns<M>(grad, kRows, size, grad_columns + at);
       read_rows(out, place.out_token, place.tokens, g.query_place, i, kRows, size, query_grads);
-      read_rows(grad_out, place.out_token, place.tokens, g.query_place, i, kRows, size, rows);
-      keep_rows(rows, i, grad_rows, grad_columns);
       for (int k = 0; k < kRows; k++) {
         const bool is_real = i + k < size.n;
-        delta[i + k] = dot(rows + k * size.dim, query_grads + k * size.dim, size.dim);
+        delta[i + k] = dot(grad + k * size.dim, query_grads + k * size.dim, size.dim);
         // A query that only fills the last rows weighs nothing.
         logsumexp[i + k] =
             is_real ? static_cast<const T*>(p.logsumexp)[place.sum + place.tokens[g.query_place[i + k]]] : T(1e4);
@@ -133,14 +144,22 @@ struct Backward {
     if (M::kRaw) __builtin_memset(static_cast<void*>(row_scale), 0, sizeof(Vec) * size.queries);
   }
 
-  INLINE void keep_rows(const T* from, int i, Unit* as_rows, Unit* as_columns) {
-    to_units<M>(from, kRows, size, as_rows + size_t(i) * size.units);
-    if constexpr (M::kPair > 1) to_columns<M>(from, kRows, size, as_columns + size_t(i) / M::kPair * size.dim);
+  // Tokens [first, first + kRows) of the tile that comes next.
+  INLINE void prefetch_next(int first) {
+    if (!next.tokens) return;
+    const In* qkv = static_cast<const In*>(p.qkv) + next.qkv;
+    for (int i = first; i < first + kRows && i < size.n; i++) {
+      const int64_t token = next.tokens[g.key_place[i]];
+      for (int part = 0; part < 3; part++) prefetch(qkv + token * next.token + part * next.part, size.real_dim);
+      prefetch(static_cast<const In*>(p.grad_out) + next.out + token * next.out_token, size.real_dim);
+      prefetch(static_cast<const In*>(p.out) + next.out + token * next.out_token, size.real_dim);
+    }
   }
 
   // Queries [first, last) against keys [from, to).
   void block(int first, int last, int from, int to) {
     for (int i = first; i < last; i += kRows) {
+      if (from == 0) prefetch_next(i);
       int j = from;
       for (; j + kPanels * W <= to && j + kPanels * W <= size.n; j += kPanels * W)
         differentiate<kPanels, false>(first, i, from, j);

@@ -32,12 +32,13 @@ struct Forward {
   Unit *packed, *keys, *values, *queries, *weights;
   Vec* total;
   int* slice;
+  Place next;
   size_t bytes;
 
   Forward(const Problem& problem, const Group& group, char* scratch) : p(problem), g(group), size(problem, group) {
     Carver carver{reinterpret_cast<uintptr_t>(scratch)};
     half = carver.take<T>(half_expanded_size(g) + size.keys - size.n);
-    rows = carver.take<T>(size_t(W) * size.dim);
+    rows = carver.take<T>(size_t(size.kKeyStep) * size.dim);
     packed = carver.take<Unit>(size_t(W) * size.units);
     keys = carver.take<Unit>(size_t(size.keys) * size.units);
     values = carver.take<Unit>(size_t(size.keys) / M::kPair * size.dim);
@@ -58,6 +59,8 @@ struct Forward {
     __builtin_memset(half + half_expanded_size(g), 0, sizeof(T) * (size.keys - size.n));
     for (int64_t tile = item.first; tile < item.last; tile++) {
       const Place place(p, item, tile);
+      next = Place(p, item, tile + 1);
+      if (tile + 1 == item.last || 3 * size.n * size.dim * int(sizeof(In)) > kSmallTile) next.tokens = nullptr;
       read(place, static_cast<const T*>(p.logit_scale)[item.head] * T(kLog2e));
       for (int first = 0; first < size.queries; first += kForwardQueries) {
         const int count = size.queries - first < kForwardQueries ? size.queries - first : kForwardQueries;
@@ -70,17 +73,32 @@ struct Forward {
   void read(const Place& place, T scale) {
     const In* qkv = static_cast<const In*>(p.qkv) + place.qkv;
     for (int j = 0; j < size.keys; j += W) {
-      read_rows(qkv + place.part, place.token, place.tokens, g.key_place, j, W, size, rows);
-      normalise_rows<M>(rows, W, T(1), size, key_factors + j);
-      to_units<M>(rows, W, size, packed);
+      T* key = staging<M>(rows, packed);
+      read_rows(qkv + place.part, place.token, place.tokens, g.key_place, j, W, size, key);
+      normalise_rows<M>(key, W, T(1), size, key_factors + j);
+      pack_rows<M>(key, W, size, packed);
       to_panel<M>(packed, size, keys + size_t(j) * size.units);
-      read_rows(qkv + 2 * place.part, place.token, place.tokens, g.key_place, j, W, size, rows);
-      to_columns<M>(rows, W, size, values + size_t(j) / M::kPair * size.dim);
+      Unit* to = values + size_t(j) / M::kPair * size.dim;
+      T* value = staging<M>(rows, to);
+      read_rows(qkv + 2 * place.part, place.token, place.tokens, g.key_place, j, W, size, value);
+      pack_columns<M>(value, W, size, to);
     }
-    for (int i = 0; i < size.queries; i++) {
-      read_rows(qkv, place.token, place.tokens, g.query_place, i, 1, size, rows);
-      normalise_rows<M>(rows, 1, scale, size, query_factors + i);
-      to_units<M>(rows, 1, size, queries + size_t(i) * size.units);
+    for (int i = 0; i < size.queries; i += kRows) {
+      Unit* to = queries + size_t(i) * size.units;
+      T* query = staging<M>(rows, to);
+      read_rows(qkv, place.token, place.tokens, g.query_place, i, kRows, size, query);
+      normalise_rows<M>(query, kRows, scale, size, query_factors + i);
+      pack_rows<M>(query, kRows, size, to);
+    }
+  }
+
+  // Tokens [first, first + kRows) of the tile that comes next.
+  INLINE void prefetch_next(int first) {
+    if (!next.tokens) return;
+    const In* qkv = static_cast<const In*>(p.qkv) + next.qkv;
+    for (int i = first; i < first + kRows && i < size.n; i++) {
+      const In* at = qkv + next.tokens[g.key_place[i]] * next.token;
+      for (int part = 0; part < 3; part++) prefetch(at + part * next.part, size.real_dim);
     }
   }
 
@@ -92,6 +110,7 @@ struct Forward {
     for (int from = 0; from < size.keys; from += kForwardKeys) {
       const int to = size.keys - from < kForwardKeys ? size.keys : from + kForwardKeys;
       for (int i = 0; i < count; i += kRows) {
+        if (from == 0) prefetch_next(first + i);
         int summed = from, j = from;  // keys whose weights have gone into the sums
         for (; j + kPanels * W <= to && j + kPanels * W <= size.n; j += kPanels * W)
           weigh<kPanels, false>(first, i, from, j, summed);

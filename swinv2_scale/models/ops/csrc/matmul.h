@@ -50,8 +50,6 @@ struct Wide {
   using Unit = Number;
   static constexpr int kPair = 1;  // numbers in a unit
   static constexpr bool kRaw = false;  // queries and keys are normalised before they are multiplied
-  static INLINE Unit pack(const T* x) { return *x; }
-  static INLINE Unit pack2(T x, T) { return x; }
   static INLINE Vector<T> multiply_add(Unit a, Vector<Unit> b, Vector<T> c) { return a * b + c; }
   // P vectors of one row -> units along the row.
   template <int P>
@@ -69,8 +67,6 @@ struct Halves {
   using Unit = uint32_t;
   static constexpr int kPair = 2;
   static constexpr bool kRaw = true;  // or as they come, without a rounding, and their products after that
-  static INLINE Unit pack2(T x, T y) { return to_bfloat16(x).bits | uint32_t(to_bfloat16(y).bits) << 16; }
-  static INLINE Unit pack(const T* x) { return pack2(x[0], x[1]); }
   static INLINE Vector<T> multiply_add(Unit a, Vector<Unit> b, Vector<T> c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
   }

@@ -38,7 +38,8 @@ struct Sizes {
 // Where the vectors of one tile and one head are: queries, keys and values; output; logarithms of sums.
 struct Place {
   int64_t qkv, token, part, out, out_token, sum;
-  const int64_t* tokens;
+  const int64_t* tokens = nullptr;
+  Place() {}
   Place(const Problem& p, const Item& item, int64_t tile) {
     const int64_t image = tile / item.group->tiles;
     part = p.heads * p.dim;
@@ -58,11 +59,20 @@ INLINE T dot(const T* x, const T* y, int dim) {
   return sum<T>(s);
 }
 
+template <class T>
+INLINE T square_root(T x) {
+  if constexpr (sizeof(T) == 4) {
+    return __builtin_sqrtf(x);
+  } else {
+    return __builtin_sqrt(x);
+  }
+}
+
 // 1 / |x|, and 0 for a zero vector: it normalises to zero and passes no gradient.
 template <class T>
 INLINE T reciprocal_norm(const T* x, int dim) {
   const T square = dot(x, x, dim);
-  if (square > T(1e-30) && square < T(1e30)) return T(1) / __builtin_sqrt(square);
+  if (square > T(1e-30) && square < T(1e30)) return T(1) / square_root(square);
   // The squares of very small or large numbers may under- or overflow: first to a length near one, by powers of two.
   T largest = 0;
   for (int d = 0; d < dim; d++) largest = __builtin_fabs(x[d]) > largest ? __builtin_fabs(x[d]) : largest;
@@ -84,6 +94,8 @@ template <class In>
 INLINE void prefetch(const In* p, int dim) {
   for (int d = 0; d < dim; d += 64 / int(sizeof(In))) __builtin_prefetch(p + d);
 }
+// What a small tile reads is fetched while the one before it is computed.
+constexpr int kSmallTile = 128 * 1024;
 
 // Rows [first, first + count) of one operand: the order'th tokens of a tile, zeros beyond the n-th.
 template <class In, class T, class S>
@@ -118,16 +130,36 @@ INLINE void normalise_rows(T* rows, int count, T length, const S& size, T* facto
   }
 }
 
-template <class M, class S>
-INLINE void to_units(const typename M::T* rows, int count, const S& size, typename M::Unit* to) {
-  for (int d = 0; d < count * size.units; d++) to[d] = M::pack(rows + d * M::kPair);
+// Where rows are read to that will be stored as units at `to`: there, if that is the same.
+template <class M>
+INLINE typename M::T* staging(typename M::T* rows, typename M::Unit* to) {
+  if constexpr (M::kPair == 1) {
+    return to;
+  } else {
+    return rows;
+  }
 }
 template <class M, class S>
-INLINE void to_columns(const typename M::T* rows, int count, const S& size, typename M::Unit* to) {
-  constexpr int kPair = M::kPair;
-  for (int i = 0; i < count / kPair; i++)
-    for (int d = 0; d < size.dim; d++)
-      to[i * size.dim + d] = M::pack2(rows[i * kPair * size.dim + d], rows[(i * kPair + kPair - 1) * size.dim + d]);
+INLINE void pack_rows(const typename M::T* rows, int count, const S& size, typename M::Unit* to) {
+  constexpr int W = kLanes<typename M::T>, kPair = M::kPair;
+  if constexpr (kPair == 1) return;
+  for (int d = 0; d < count * size.dim; d += kPair * W) {
+    Vector<typename M::T> x[kPair];
+    UNROLL for (int v = 0; v < kPair; v++) x[v] = load(rows + d + v * W);
+    M::store_row(to + d / kPair, x);
+  }
+}
+template <class M, class S>
+INLINE void pack_columns(const typename M::T* rows, int count, const S& size, typename M::Unit* to) {
+  constexpr int W = kLanes<typename M::T>, kPair = M::kPair;
+  if constexpr (kPair == 1) return;
+  for (int i = 0; i < count; i += kPair) {
+    for (int d = 0; d < size.dim; d += W) {
+      Vector<typename M::T> x[kPair];
+      UNROLL for (int v = 0; v < kPair; v++) x[v] = load(rows + (i + v) * size.dim + d);
+      M::store_rows(to + i / kPair * size.dim + d, x);
+    }
+  }
 }
 // W rows of units -> one panel.
 template <class M, class S>
