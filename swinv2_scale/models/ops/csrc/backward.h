@@ -35,6 +35,7 @@ struct Backward {
   int* slice;
   Place next;
   size_t bytes;
+  T scale = 0;
   double grad_scale = 0;
 
   Backward(const Problem& problem, const Group& group, char* scratch) : p(problem), g(group), size(problem, group) {
@@ -73,13 +74,13 @@ struct Backward {
     expand(g, static_cast<const T*>(p.bias_table) + item.head * p.table_size, half);
     __builtin_memset(half + half_expanded_size(g), 0, sizeof(T) * (size.keys - size.n));
     __builtin_memset(grad_half, 0, sizeof(T) * (half_expanded_size(g) + size.keys - size.n));
-    const T scale = static_cast<const T*>(p.logit_scale)[item.head];
+    scale = static_cast<const T*>(p.logit_scale)[item.head];
     for (int64_t tile = item.first; tile < item.last; tile++) {
       const Place place(p, item, tile);
       next = Place(p, item, tile + 1);
       if (tile + 1 == item.last || 5 * size.n * size.dim * int(sizeof(In)) > kSmallTile) next.tokens = nullptr;
       read_keys(place);
-      read_queries(place, scale * T(kLog2e));
+      read_queries(place);
       __builtin_memset(key_grads, 0, sizeof(T) * size.keys * size.dim);
       __builtin_memset(value_grads, 0, sizeof(T) * size.keys * size.dim);
       __builtin_memset(query_grads, 0, sizeof(T) * size.queries * size.dim);
@@ -91,7 +92,7 @@ struct Backward {
                   end - from < kBackwardKeys ? end : from + kBackwardKeys);
       }
       if (size.n == 1) forget_scores();
-      write_queries(place, scale);
+      write_queries(place);
       write_keys(place);
     }
     static_cast<double*>(p.grad_scale)[index] = grad_scale;
@@ -104,7 +105,7 @@ struct Backward {
       Unit* columns = key_columns + size_t(j) / M::kPair * size.dim;
       T* key = staging<M>(rows, columns);
       read_rows(keys, place.token, place.tokens, g.key_place, j, W, size, key);
-      normalise_rows<M>(key, W, T(1), size, key_factors + j);
+      normalise_rows<M>(key, W, size, key_factors + j);
       pack_columns<M>(key, W, size, columns);
       pack_rows<M>(key, W, size, packed);
       to_panel<M>(M::kPair == 1 ? columns : packed, size, key_panels + size_t(j) * size.units);
@@ -115,7 +116,7 @@ struct Backward {
     }
   }
 
-  void read_queries(const Place& place, T scale) {
+  void read_queries(const Place& place) {
     const In* queries = static_cast<const In*>(p.qkv) + place.qkv;
     const In* grad_out = static_cast<const In*>(p.grad_out) + place.out;
     const In* out = static_cast<const In*>(p.out) + place.out;
@@ -123,7 +124,7 @@ struct Backward {
       const size_t at = size_t(i) * size.units;
       T* query = staging<M>(rows, query_rows + at);
       read_rows(queries, place.token, place.tokens, g.query_place, i, kRows, size, query);
-      normalise_rows<M>(query, kRows, scale, size, query_factors + i);
+      normalise_rows<M>(query, kRows, size, query_factors + i);
       pack_rows<M>(query, kRows, size, query_rows + at);
       pack_columns<M>(query, kRows, size, query_columns + at);
       T* grad = staging<M>(rows, grad_rows + at);
@@ -182,22 +183,18 @@ struct Backward {
   // P and dS of kRows queries with P * W keys from the j-th on, and what they add to the bias's gradient.
   template <int P, bool kEnds>
   INLINE void differentiate(int first, int i0, int from, int j) {
-    Vec x[kRows][P], weight[kRows][P], cosine[kRows][P];  // cosine: times scale * log2(e)
+    Vec x[kRows][P], weight[kRows][P], cosine[kRows][P];
+    const T scale_log2 = scale * T(kLog2e);
     const int* at = slice + i0;
     UNROLL for (int i = 0; i < kRows; i++) {
-      UNROLL for (int v = 0; v < P; v++) x[i][v] = M::kRaw ? Vec{} : load(half + at[i] + j + v * W) - logsumexp[i0 + i];
+      UNROLL for (int v = 0; v < P; v++) cosine[i][v] = Vec{};
     }
-    score<M, P>(query_rows + size_t(i0) * size.units, key_panels + size_t(j) * size.units, size.units, x);
+    score<M, P>(query_rows + size_t(i0) * size.units, key_panels + size_t(j) * size.units, size.units, cosine);
+    take_factors<M, P>(query_factors + i0, key_factors + j, cosine);
     UNROLL for (int i = 0; i < kRows; i++) {
       UNROLL for (int v = 0; v < P; v++) {
         const Vec bias = load(half + at[i] + j + v * W) - logsumexp[i0 + i];
-        if constexpr (M::kRaw) {
-          cosine[i][v] = x[i][v] * (load(key_factors + j + v * W) * query_factors[i0 + i]);
-          weight[i][v] = exp2_of(cosine[i][v] + bias);
-        } else {
-          cosine[i][v] = x[i][v] - bias;
-          weight[i][v] = exp2_of(x[i][v]);
-        }
+        weight[i][v] = exp2_of(cosine[i][v] * scale_log2 + bias);
         if constexpr (kEnds) weight[i][v] = lane_numbers<T>() < T(size.n - j) ? weight[i][v] : Vec{};
         row_cosine[i0 + i] += weight[i][v] * cosine[i][v];
       }
@@ -258,18 +255,17 @@ struct Backward {
     return along;
   }
 
-  void write_queries(const Place& place, T scale) {
+  void write_queries(const Place& place) {
     const In* queries = static_cast<const In*>(p.qkv) + place.qkv;
-    const double in_cosines = 1 / (double(scale) * kLog2e);
     for (int i = 0; i < size.n; i++) {
       const int64_t at = place.tokens[g.query_place[i]] * place.token;
       read_rows(queries, place.token, place.tokens, g.query_place, i, 1, size, rows);
       double along = write_gradient(rows, query_grads + size_t(i) * size.dim, scale,
                                     static_cast<In*>(p.grad_qkv) + place.qkv + at);
-      if constexpr (M::kRaw) along = sum<T>(row_scale[i]) * in_cosines;  // of numbers that were not rounded
+      if constexpr (M::kRaw) along = sum<T>(row_scale[i]);  // of numbers that were not rounded
       // The scale's gradient is the sum of dS * cos, but delta = grad_out . out is off by the rounding of `out`, and that
       // by up to a fifth in bfloat16. Rows of dS sum to zero: what is left is that error, times P.
-      grad_scale += along - double(sum<T>(row_sum[i])) * sum<T>(row_cosine[i]) * in_cosines;
+      grad_scale += along - double(sum<T>(row_sum[i])) * sum<T>(row_cosine[i]);
     }
   }
 
@@ -278,8 +274,7 @@ struct Backward {
     for (int j = 0; j < size.n; j++) {
       read_rows(keys, place.token, place.tokens, g.key_place, j, 1, size, rows);
       In* to = static_cast<In*>(p.grad_qkv) + place.qkv + place.tokens[g.key_place[j]] * place.token + place.part;
-      // Queries carry log2(e) for the powers of two.
-      write_gradient(rows, key_grads + size_t(j) * size.dim, T(1 / kLog2e), to);
+      write_gradient(rows, key_grads + size_t(j) * size.dim, scale, to);
       for (int d = 0; d < size.real_dim; d++) to[place.part + d] = narrow<In>(value_grads[size_t(j) * size.dim + d]);
     }
   }

@@ -33,6 +33,7 @@ struct Forward {
   Vec* total;
   int* slice;
   Place next;
+  T scale = 0;
   size_t bytes;
 
   Forward(const Problem& problem, const Group& group, char* scratch) : p(problem), g(group), size(problem, group) {
@@ -57,11 +58,12 @@ struct Forward {
     for (int i = 0; i < size.queries; i++) slice[i] = i < size.n ? slice_of(g, i) : 0;
     expand(g, static_cast<const T*>(p.bias_table) + item.head * p.table_size, half);
     __builtin_memset(half + half_expanded_size(g), 0, sizeof(T) * (size.keys - size.n));
+    scale = static_cast<const T*>(p.logit_scale)[item.head] * T(kLog2e);
     for (int64_t tile = item.first; tile < item.last; tile++) {
       const Place place(p, item, tile);
       next = Place(p, item, tile + 1);
       if (tile + 1 == item.last || 3 * size.n * size.dim * int(sizeof(In)) > kSmallTile) next.tokens = nullptr;
-      read(place, static_cast<const T*>(p.logit_scale)[item.head] * T(kLog2e));
+      read(place);
       for (int first = 0; first < size.queries; first += kForwardQueries) {
         const int count = size.queries - first < kForwardQueries ? size.queries - first : kForwardQueries;
         attend(first, count);
@@ -70,12 +72,12 @@ struct Forward {
     }
   }
 
-  void read(const Place& place, T scale) {
+  void read(const Place& place) {
     const In* qkv = static_cast<const In*>(p.qkv) + place.qkv;
     for (int j = 0; j < size.keys; j += W) {
       T* key = staging<M>(rows, packed);
       read_rows(qkv + place.part, place.token, place.tokens, g.key_place, j, W, size, key);
-      normalise_rows<M>(key, W, T(1), size, key_factors + j);
+      normalise_rows<M>(key, W, size, key_factors + j);
       pack_rows<M>(key, W, size, packed);
       to_panel<M>(packed, size, keys + size_t(j) * size.units);
       Unit* to = values + size_t(j) / M::kPair * size.dim;
@@ -87,7 +89,7 @@ struct Forward {
       Unit* to = queries + size_t(i) * size.units;
       T* query = staging<M>(rows, to);
       read_rows(qkv, place.token, place.tokens, g.query_place, i, kRows, size, query);
-      normalise_rows<M>(query, kRows, scale, size, query_factors + i);
+      normalise_rows<M>(query, kRows, size, query_factors + i);
       pack_rows<M>(query, kRows, size, to);
     }
   }
@@ -127,15 +129,12 @@ struct Forward {
     Vec x[kRows][P];
     const int* at = slice + first + i0;
     UNROLL for (int i = 0; i < kRows; i++) {
-      UNROLL for (int v = 0; v < P; v++) x[i][v] = M::kRaw ? Vec{} : load(half + at[i] + j + v * W);
+      UNROLL for (int v = 0; v < P; v++) x[i][v] = Vec{};
     }
     score<M, P>(queries + size_t(first + i0) * size.units, keys + size_t(j) * size.units, size.units, x);
-    if constexpr (M::kRaw) {
-      UNROLL for (int i = 0; i < kRows; i++) {
-        const T factor = query_factors[first + i0 + i];
-        UNROLL for (int v = 0; v < P; v++)
-          x[i][v] = x[i][v] * (load(key_factors + j + v * W) * factor) + load(half + at[i] + j + v * W);
-      }
+    take_factors<M, P>(query_factors + first + i0, key_factors + j, x);
+    UNROLL for (int i = 0; i < kRows; i++) {
+      UNROLL for (int v = 0; v < P; v++) x[i][v] = x[i][v] * scale + load(half + at[i] + j + v * W);
     }
     if constexpr (kEnds) {  // keys that only fill the last panel
       UNROLL for (int i = 0; i < kRows; i++)

@@ -113,20 +113,30 @@ INLINE void read_rows(const In* from, int64_t stride, const int64_t* tokens, con
   }
 }
 
-// Rows times their factors are of length `length`. Rows of numbers that come in the type they are multiplied in stay as
-// they are, unless their squares could leave float32's range; the others are multiplied here, and have the factor 1.
+// Rows times their factors are of length one. Rows of numbers that come in the type they are multiplied in stay as they
+// are, unless their squares could leave float32's range; the others are multiplied here, and have no factors.
 template <class M, class T, class S>
-INLINE void normalise_rows(T* rows, int count, T length, const S& size, T* factors) {
+INLINE void normalise_rows(T* rows, int count, const S& size, T* factors) {
   for (int i = 0; i < count; i++) {
     T* x = rows + i * size.dim;
-    const T factor = reciprocal_norm(x, size.dim);
-    if (M::kRaw && ((factor > T(1e-12) && factor < T(1e12)) || factor == 0)) {
-      factors[i] = factor * length;
-      continue;
+    T factor = reciprocal_norm(x, size.dim);
+    if (!M::kRaw || !((factor > T(1e-12) && factor < T(1e12)) || factor == 0)) {
+      for (int d = 0; d < size.dim; d++) x[d] *= factor;
+      factor = 1;
     }
-    const T all = M::kRaw ? factor : factor * length;
-    for (int d = 0; d < size.dim; d++) x[d] *= all;
-    if (M::kRaw) factors[i] = length;
+    if (M::kRaw) factors[i] = factor;
+  }
+}
+
+// The cosine of each pair that score() multiplied.
+template <class M, int P>
+INLINE void take_factors(const typename M::T* query_factors, const typename M::T* key_factors,
+                         Vector<typename M::T> (&x)[kRows][P]) {
+  if constexpr (M::kRaw) {
+    UNROLL for (int i = 0; i < kRows; i++) {
+      UNROLL for (int v = 0; v < P; v++)
+        x[i][v] *= load(key_factors + v * kLanes<typename M::T>) * query_factors[i];
+    }
   }
 }
 
