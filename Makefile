@@ -13,7 +13,7 @@ endif
 
 .PHONY: setup pretrain finetune test test-system test-faults check clean
 
-setup: .venv/installed
+setup: .venv/installed .venv/kernels
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
@@ -22,6 +22,11 @@ setup: .venv/installed
 
 .venv/installed: .venv/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable .
+	@touch $@
+
+# The fused attention of CPUs: a minute of g++ where there is one; without, a line that says so.
+.venv/kernels: .venv/installed $(wildcard swinv2_scale/models/ops/csrc/*)
+	$(BIN)/swinv2-scale kernels build --optional
 	@touch $@
 
 .venv/installed-dev: .venv/installed
@@ -38,7 +43,7 @@ ifeq ($(findstring init_from,$(ARGS)),)
 endif
 	$(BIN)/deepspeed -q --num_gpus $(PROCESSES) launch/finetune.py --config configs/quickstart/finetune.yaml $(ARGS)
 
-test: .venv/installed-dev
+test: .venv/installed-dev .venv/kernels
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # On a real Slurm, real ssh hosts and network namespaces of this machine, and the longest of the other tests; root's

@@ -15,9 +15,8 @@ Writes OUTPUT.json (every round), OUTPUT.md and OUTPUT.png.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import shlex
-import statistics
 import sys
 import types
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Step, Times, in_its_own_process, interleaved, kept_bytes, step_peak_bytes, write_json
+from harness import MIB, Times, apart, in_turns, kept_bytes, peak_over_base, print_header, print_table
 from machine import describe_machine, describe_versions
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,7 +37,6 @@ from swinv2_scale.tasks.simmim import SimMIM
 
 SHAPE = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
 PACKAGES = ("torch", "timm", "transformers", "torchvision")
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -200,17 +198,16 @@ class Work:
         self.forward()
 
 
-def measure_setting(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times of all contenders, in this process."""
+def measure_times(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of all contenders, in this process."""
     works = {
         name: Work(setting, name, build, arguments.batch_size) for name, build in contenders(setting, arguments).items()
     }
-    steps: dict[str, Step] = {name: work.train for name, work in works.items()}
-    train = interleaved(steps, arguments.rounds, warmups=2)
+    train = in_turns({name: work.train for name, work in works.items()}, arguments.rounds)
     for work in works.values():
         work.model.eval()
-    forwards: dict[str, Step] = {name: work.infer for name, work in works.items() if not name.endswith("compiled")}
-    forward = interleaved(forwards, arguments.rounds)
+    eager = {name: work.infer for name, work in works.items() if not name.endswith("compiled")}
+    forward = in_turns(eager, arguments.rounds)
     return {
         kind: {name: vars(times) for name, times in found.items()}
         for kind, found in (("train", train), ("forward", forward))
@@ -221,7 +218,8 @@ def measure_memory(setting: Setting, name: str, arguments: argparse.Namespace) -
     """Of one contender, in this process."""
     work = Work(setting, name, contenders(setting, arguments)[name], arguments.batch_size)
     kept = kept_bytes(work.forward, work.model.parameters())
-    return {"kept": kept, "peak": step_peak_bytes(work.train)}
+    work.train()  # what stays is allocated now
+    return {"kept": kept, "peak": peak_over_base(work.train)}
 
 
 # The report
@@ -231,79 +229,66 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers"))
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--backends", nargs="*", default=["eager", "sdpa"])
+    parser.add_argument("--backends", nargs="*", default=["eager", "sdpa", "fused"])
     parser.add_argument("--microsoft", metavar="CHECKOUT")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--one", choices=["times", "memory"], help=argparse.SUPPRESS)
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.one:
-        setting = SETTINGS[arguments.settings[0]]
-        if arguments.one == "times":
-            print(json.dumps(measure_setting(setting, arguments)))
-        else:
-            print(json.dumps(measure_memory(setting, arguments.contender, arguments)))
+    if arguments.case:
+        kind, setting, *contender = arguments.case
+        measured = measure_memory(SETTINGS[setting], *contender, arguments) if contender else None
+        print(json.dumps(measured or measure_times(SETTINGS[setting], arguments)))
         return
     results = {name: _measured(name, arguments) for name in arguments.settings}
-    facts = {"machine": describe_machine(), "versions": describe_versions(*PACKAGES), "threads": arguments.threads}
-    write_json(arguments.output.with_suffix(".json"), **facts, command=shlex.join(sys.argv), settings=results)
-    arguments.output.with_suffix(".md").write_text(_page(results, facts, arguments))
+    arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    with arguments.output.with_suffix(".md").open("w") as page, contextlib.redirect_stdout(page):
+        _print_page(results, arguments)
     _plot(results, arguments.output.with_suffix(".png"))
 
 
 def _measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """A setting's times, and each contender's memory, by processes of their own."""
     print(name, file=sys.stderr, flush=True)
-    words = ["--settings", name, "--backends", *arguments.backends, "--batch-size", str(arguments.batch_size)]
-    words += ["--rounds", str(arguments.rounds), "--threads", str(arguments.threads)]
-    words += ["--microsoft", arguments.microsoft] if arguments.microsoft else []
-    timed = [*words, "--compiled"] if arguments.compiled else words
-    found = in_its_own_process(__file__, [*timed, "--one", "times"], timeout_s=3600)
-    found["memory"] = {
-        contender: in_its_own_process(__file__, [*words, "--one", "memory", "--contender", contender], timeout_s=600)
-        for contender in found.get("forward", {})
-    }
+    options = ["--backends", *arguments.backends, "--batch-size", str(arguments.batch_size)]
+    options += ["--rounds", str(arguments.rounds), "--threads", str(arguments.threads)]
+    options += ["--microsoft", arguments.microsoft] if arguments.microsoft else []
+    options += ["--compiled"] if arguments.compiled else []
+    found = apart(__file__, ["times", name], options)
+    found["memory"] = {one: apart(__file__, ["memory", name, one], options) for one in found["forward"]}
     return found
 
 
 def _seconds(found: dict[str, Any], kind: str) -> dict[str, Times]:
-    return {name: Times(**times) for name, times in found.get(kind, {}).items()}
+    return {name: Times(**times) for name, times in found[kind].items()}
 
 
-def _best(times: dict[str, Times], kind: str = "median") -> float:
+def _best(times: dict[str, Times], clock: str) -> float:
     """The fastest eager peer's."""
     peers = [one for name, one in times.items() if not name.startswith("ours") and "compiled" not in name]
-    return min(getattr(one, kind) for one in peers)
+    return min(one.summary[clock] for one in peers)
 
 
-def _page(results: dict[str, Any], facts: dict[str, Any], arguments: argparse.Namespace) -> str:
-    lines = ["# SwinV2-T beside its peers", "", f"- machine: {facts['machine']}", f"- versions: {facts['versions']}"]
-    lines += [f"- command: `{shlex.join(['python', *sys.argv])}`"]
-    lines += [
-        f"- {facts['threads']} thread(s), batches of {arguments.batch_size}, medians of {arguments.rounds} rounds"
-    ]
-    head = "| contender | train step, s | ratio | CPU s | ratio | forward, s | kept, MiB | peak, MiB |"
+def _print_page(results: dict[str, Any], arguments: argparse.Namespace) -> None:
+    print_header("SwinV2-T beside its peers", PACKAGES)
+    print(f"- batches of {arguments.batch_size}, medians of {arguments.rounds} rounds")
+    columns = ("contender", "train step, s", "ratio", "CPU s", "ratio", "forward, s", "kept, MiB", "peak, MiB")
     for name, found in results.items():
-        lines += ["", f"## {name}", ""]
-        if "failed" in found:
-            lines.append(found["failed"])
-            continue
+        print(f"\n## {name}")
         train, forward = _seconds(found, "train"), _seconds(found, "forward")
-        lines += [head, "|---" * 8 + "|"]
+        rows = []
         for contender, times in train.items():
-            cells = [contender, f"{times.median:.3f}", f"x{_best(train) / times.median:.2f}"]
-            cells += [f"{times.median_cpu:.3f}", f"x{_best(train, 'median_cpu') / times.median_cpu:.2f}"]
-            cells.append(f"{forward[contender].median:.3f}" if contender in forward else "-")
-            memory = found["memory"].get(contender, {})
-            cells += [
-                f"{memory[key] / _MIB:.0f}" if key in memory else memory.get("failed", "-") for key in ("kept", "peak")
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            cells = [contender]
+            for clock in ("wall", "cpu"):
+                cells += [f"{times.summary[clock]:.3f}", f"x{_best(train, clock) / times.summary[clock]:.2f}"]
+            cells.append(f"{forward[contender].summary['wall']:.3f}" if contender in forward else "-")
+            memory = found["memory"].get(contender)
+            cells += [f"{memory[key] / MIB:.0f}" if memory else "-" for key in ("kept", "peak")]
+            rows.append(cells)
+        print_table(columns, rows)
 
 
 def _plot(results: dict[str, Any], path: Path) -> None:
@@ -313,13 +298,13 @@ def _plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 4), squeeze=False)
     for axis, (name, found) in zip(axes[0], results.items(), strict=True):
         train = _seconds(found, "train")
-        rates = [_best(train) / statistics.median(times.wall) for times in train.values()]
+        rates = [_best(train, "cpu") / times.summary["cpu"] for times in train.values()]
         colours = ["tab:blue" if contender.startswith("ours") else "tab:gray" for contender in train]
         axis.bar(list(train), rates, color=colours)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_title(name, fontsize=9)
         axis.tick_params(axis="x", rotation=75, labelsize=8)
-    axes[0][0].set_ylabel("speed of a train step, best eager peer = 1")
+    axes[0][0].set_ylabel("train steps a CPU second, best eager peer = 1")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 
-from swinv2_scale.cli import checkpoint, config, doctor, launch, models, plan, probe, recipe, shards, status, submit
+from swinv2_scale.cli import (
+    checkpoint,
+    config,
+    doctor,
+    kernels,
+    launch,
+    models,
+    plan,
+    probe,
+    recipe,
+    shards,
+    status,
+    submit,
+)
 from swinv2_scale.cli.arguments import ArgumentParser
 from swinv2_scale.errors import ScaleError
 
@@ -27,6 +40,7 @@ def make_parser() -> ArgumentParser:
     submit.add_commands(commands)
     recipe.add_commands(commands)
     launch.add_commands(commands)
+    kernels.add_commands(commands)
     return parser
 
 

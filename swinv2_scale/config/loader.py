@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import typing
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,12 @@ class LoadedConfig:
 
     def with_value(self, key: KeyPath, value: Any, where: str) -> LoadedConfig:
         """The same with one value of a section worked out, and from what."""
-        section, name = key
-        changed = getattr(self.config, section).model_copy(update={name: value})
         settings = Settings({path: list(entries) for path, entries in self.settings.history.items()})
         settings.set(key, value, where)
-        return LoadedConfig(self.config.model_copy(update={section: changed}), settings, self.path)
+        for depth in range(len(key) - 1, 0, -1):
+            section: BaseModel = reduce(getattr, key[:depth], self.config)
+            value = section.model_copy(update={key[depth]: value})
+        return LoadedConfig(self.config.model_copy(update={key[0]: value}), settings, self.path)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> LoadedConfig:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
+from swinv2_scale.config.model import AttentionBackend
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.tasks import ClassificationConfig, CropRule
 from swinv2_scale.engine import checkpoint, zero
@@ -18,6 +19,7 @@ from swinv2_scale.engine.consolidate import SavedTensors
 from swinv2_scale.engine.run_dir import is_run_or_checkpoint
 from swinv2_scale.errors import CheckpointError, ConfigError
 from swinv2_scale.models.initialise import INITIAL_STD, initial_values
+from swinv2_scale.models.ops import attend
 from swinv2_scale.tasks.base import Task
 from swinv2_scale.telemetry.console import log
 from swinv2_scale.weights.api import BACKBONE, Loading, plan_loading
@@ -85,6 +87,31 @@ def _facts(found: checkpoint.Checkpoint) -> Facts:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{found.path} doesn't say what its model is: {error!r}", _OTHER) from None
+
+
+def settle_attention(loaded: LoadedConfig) -> LoadedConfig:
+    """Which backends ``auto`` means here, spelled out, so that a checkpoint says it and a resumed run what changed.
+
+    Called by all ranks.
+
+    Raises:
+        ConfigError: on every rank, if a backend that is asked for isn't there.
+    """
+    attention = loaded.config.model.attention
+
+    def look() -> tuple[AttentionBackend, ...]:
+        found: tuple[AttentionBackend, ...] = tuple(
+            attend.choose() if name == "auto" else name for name in loaded.config.model.stage_backends
+        )
+        for name in set(found):
+            attend.resolve(name, attention.max_score_bytes)
+        return found
+
+    found = dist.all_agree(look, "loading the attention")
+    if "auto" not in loaded.config.model.stage_backends:
+        return loaded
+    backend = found if isinstance(attention.backend, tuple) else found[0]
+    return loaded.with_value(("model", "attention", "backend"), backend, "auto, on this machine")
 
 
 def settle(loaded: LoadedConfig, make_task: Callable[[RunConfig], Task]) -> tuple[LoadedConfig, Loading | None]:

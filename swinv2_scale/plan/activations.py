@@ -122,13 +122,15 @@ def attention_bytes(model: ModelConfig, stage: int, block: int, batch: int, widt
         vectors = rows * dim // heads * _WIDE
         # For queries and keys: the vectors, their power of two, their sum of squares' reciprocal root, where it is 0.
         unit = 2 * (vectors + rows * (3 * _WIDE + 1))
-        if backend == "sequential":
+        if backend == "fused":  # qkv as it came, and the logarithms of sums; the output is the projection's input
+            found[tiles], whole = whole + rows * _WIDE, 0
+        elif backend == "sequential":
             found[tiles], whole = (whole, 0) if is_view else (3 * rows * dim // heads * width.linear, whole)
-        elif backend == "eager":  # q, k, v as matrix products read them; raw scores, softmax
+        elif backend in ("eager", "auto"):  # q, k, v as matrix products read them; raw scores, softmax
             found[tiles] = unit + 3 * vectors + 2 * scores
         else:  # the same, unit queries before their scale; softmax
             found[tiles] = unit + 4 * vectors + scores
-        if backend != "sequential" and batch * tiles.count == 1 and width.linear == _WIDE:
+        if backend not in ("sequential", "fused") and batch * tiles.count == 1 and width.linear == _WIDE:
             found[tiles] += whole - vectors  # v is read where it lies
             whole = 0
     return found
@@ -136,6 +138,8 @@ def attention_bytes(model: ModelConfig, stage: int, block: int, batch: int, widt
 
 def score_bytes(model: ModelConfig, stage: int, tiles: Tiles, batch: int) -> int:
     """The scores that one block's attention holds at once of one shape of tile, float32."""
+    if model.stage_backends[stage] == "fused":
+        return 0
     if model.stage_backends[stage] == "sequential":
         return piece_of_sequential(model, stage, tiles, batch)[0]
     return batch * tiles.count * model.num_heads[stage] * tiles.tokens**2 * _WIDE
@@ -167,8 +171,8 @@ def _bias_bytes(model: ModelConfig, stage: int, width: Widths) -> int:
     heads = model.num_heads[stage]
     offsets = math.prod(2 * length - 1 for length in model.stage_windows[stage])
     weights = BIAS_MLP_WIDTH * heads * _WIDE if width.residual == _BIT16 and not width.weight_copy else 0
-    # ``sequential`` keeps the finished table, ``eager`` and ``sdpa`` have expanded it.
-    tables = 2 if model.stage_backends[stage] == "sequential" else 1
+    # ``sequential`` and ``fused`` keep the finished table, ``eager`` and ``sdpa`` have expanded it.
+    tables = 2 if model.stage_backends[stage] in ("sequential", "fused") else 1
     return offsets * (BIAS_MLP_WIDTH + tables * heads) * _WIDE + weights
 
 

@@ -90,7 +90,9 @@ def _attention_gradients(model: ModelConfig, stage: int, block: int, batch: int,
     saved = attention_bytes(model, stage, block, batch, width)
     largest = next(iter(saved))
     free = mlp_bytes(model, stage, batch, width)
-    if model.stage_backends[stage] == "sequential":
+    if model.stage_backends[stage] == "fused":  # gradients of the output, and of queries, keys and values
+        needed = 4 * batch * math.prod(model.stage_maps[stage]) * model.stage_dims[stage] * width.linear
+    elif model.stage_backends[stage] == "sequential":
         needed = _one_piece(model, stage, largest, batch, width)
     else:
         free += sum(saved.values()) - saved[largest]

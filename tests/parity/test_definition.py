@@ -11,6 +11,7 @@ import torch
 from swinv2_scale.models.factory import create_model
 from tests.parity.cases import TOLERANCE, Case, Result, difference, our_model, our_result
 from tests.parity.definition import definition_result
+from tests.support.fused_kernels import needs_fused
 
 torch.set_num_threads(1)
 
@@ -48,6 +49,7 @@ BACKENDS = {
     "eager": {},
     "sdpa": {"attention": {"backend": "sdpa"}},
     "sequential": {"attention": {"backend": "sequential", "max_score_bytes": 65536}},
+    "fused": {"attention": {"backend": "fused"}},
 }
 
 
@@ -56,7 +58,9 @@ def defined(case: Case) -> Result:
     return definition_result(case)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=needs_fused if name == "fused" else ()) for name in BACKENDS]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_all_gradients_are_those_of_the_definition(name: str, backend: str) -> None:
     found = difference(our_result(CASES[name], **BACKENDS[backend]), defined(CASES[name]))

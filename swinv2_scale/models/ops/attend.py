@@ -11,13 +11,16 @@ Letters: B images, L tokens of one map (row-major), N heads, D head_dim, n token
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Protocol
+from functools import cache, partial
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from swinv2_scale.models.ops import torch_attention
+from swinv2_scale.errors import ConfigError
+from swinv2_scale.models.ops import build, fused, torch_attention
 from swinv2_scale.models.tiles import Tiling
+from swinv2_scale.telemetry.console import log
 
 
 class Attend(Protocol):
@@ -41,10 +44,37 @@ def resolve(backend: str, max_score_bytes: int) -> Attend:
 
     Raises:
         KeyError: unknown name (the configuration has refused it before).
+        ConfigError: ``fused`` is asked for and not there.
     """
+    if backend == "auto":
+        backend = choose()
+    if backend == "fused":
+        fused.load()
     backends: dict[str, Attend] = {
         "eager": torch_attention.eager,
         "sequential": partial(torch_attention.sequential, max_score_bytes=max_score_bytes),
         "sdpa": torch_attention.sdpa,
+        "fused": fused.fused,
     }
     return backends[backend]
+
+
+@cache
+def choose() -> Literal["eager", "fused"]:
+    """What ``auto`` means in this process: ``fused`` on a machine without GPUs where it is built, else ``eager``.
+
+    Said once in the log.
+    """
+    if torch.cuda.is_available():
+        log().info("attention: auto takes eager on GPUs")
+        return "eager"
+    if build.find() is None:
+        log().info("attention: auto takes eager: fused is not built (swinv2-scale kernels build)")
+        return "eager"
+    try:
+        name = fused.load()
+    except ConfigError as error:
+        log().warning("attention: auto takes eager: %s", error.message)
+        return "eager"
+    log().info("attention: auto takes fused (%s)", name)
+    return "fused"

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from swinv2_scale.models.ops.attend import Attend, resolve
 from swinv2_scale.models.ops.torch_attention import eager, sdpa, sequential
 from swinv2_scale.models.tiles import tiling
+from tests.support import fused_kernels
 
 torch.set_num_threads(1)
 
@@ -30,6 +31,7 @@ MAPS = {
     "narrower than the window": ((9, 2), (4, 4)),
     "one tile": ((3, 4), (4, 4)),
     "three axes": ((3, 5, 4), (2, 3, 4)),
+    "one axis": ((17,), (6,)),
 }
 #: Enough for: one row of one head of one tile; several rows; several heads; several tiles; everything.
 SCORE_BYTES = (1, 1500, 6000, 20_000, 2**30)
@@ -38,7 +40,11 @@ BACKENDS: dict[str, Attend] = {
     "eager": eager,
     "sdpa": sdpa,
     **{f"sequential {size}": partial(sequential, max_score_bytes=size) for size in SCORE_BYTES},
+    **fused_kernels.BY_NAME,
 }
+backends = pytest.mark.parametrize(
+    "backend", fused_kernels.parameters([name for name in BACKENDS if name not in fused_kernels.BY_NAME])
+)
 
 
 def axis_label(position: int, length: int, window: int, shifted: bool) -> tuple[int, int]:
@@ -101,7 +107,7 @@ def expected(case: str, shifted: bool) -> list[Tensor]:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends
 @pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
 @pytest.mark.parametrize("case", MAPS)
 def test_every_backend_agrees_with_attention_token_by_token(case: str, shifted: bool, backend: str) -> None:
@@ -117,7 +123,7 @@ def test_every_backend_agrees_with_attention_token_by_token(case: str, shifted: 
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends
 def test_bfloat16_inputs_differ_from_float32_eager_in_proportion_to_the_scale(backend: str, scale: float) -> None:
     map_size, window = MAPS["non-dividing"]
     tiles = tiling(map_size, window, True, CPU)
@@ -143,18 +149,18 @@ def test_eager_rounds_bfloat16_only_at_its_end(scale: float) -> None:
     assert torch.equal(eager(qkv, scales, table, tiles), wide.bfloat16())
 
 
-def test_autocast_around_attention_changes_nothing() -> None:
+@backends
+def test_autocast_around_attention_changes_nothing(backend: str) -> None:
     map_size, window = MAPS["non-dividing"]
     tiles = tiling(map_size, window, True, CPU)
     inputs = random_inputs(map_size, window, torch.float32)
-    for backend, attend in BACKENDS.items():
-        with torch.autocast("cpu", torch.bfloat16):
-            inside = attend(*inputs, tiles)
-        assert torch.equal(inside, attend(*inputs, tiles)), backend
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = BACKENDS[backend](*inputs, tiles)
+    assert torch.equal(inside, BACKENDS[backend](*inputs, tiles))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends
 def test_zero_tokens_give_finite_numbers_and_take_no_gradient(backend: str, dtype: torch.dtype) -> None:
     map_size, window = MAPS["non-dividing"]
     tiles = tiling(map_size, window, True, CPU)
@@ -171,7 +177,7 @@ def test_zero_tokens_give_finite_numbers_and_take_no_gradient(backend: str, dtyp
     assert (gradients[0][:, :, 2][zero] != 0).any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends
 def test_without_gradients_the_numbers_are_the_same(backend: str) -> None:
     # sdpa takes another kernel then.
     map_size, window = MAPS["non-dividing"]
@@ -181,7 +187,7 @@ def test_without_gradients_the_numbers_are_the_same(backend: str) -> None:
     torch.testing.assert_close(out, expected("non-dividing", True)[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends
 def test_queries_of_zero_read_the_bias_alone(backend: str) -> None:
     map_size, window = (4, 4), (4, 4)
     qkv, scale, table = random_inputs(map_size, window)
@@ -193,18 +199,19 @@ def test_queries_of_zero_read_the_bias_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize("length", [1e-10, 1e-14, 1e-18])
-def test_tokens_of_any_small_length_pass_finite_gradients(length: float) -> None:
+@pytest.mark.parametrize("backend", fused_kernels.parameters(["eager"]))
+def test_tokens_of_any_small_length_pass_finite_gradients(backend: str, length: float) -> None:
     map_size, window = (4, 4), (4, 4)
     tiles = tiling(map_size, window, False, CPU)
     qkv, scale, table = random_inputs(map_size, window, torch.float32, 10.0)
     qkv[:, :, :2] *= length
     # The true gradient of a cosine grows like 1 / length: 1e18 here, well inside float32.
-    for x in with_gradients(partial(eager, tiles=tiles), (qkv, scale, table)):
+    for x in with_gradients(partial(BACKENDS[backend], tiles=tiles), (qkv, scale, table)):
         assert x.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends
 def test_the_same_input_gives_the_same_bits_forward_and_backward(backend: str, dtype: torch.dtype) -> None:
     map_size, window = MAPS["odd window"]
     tiles = tiling(map_size, window, True, CPU)
@@ -214,7 +221,7 @@ def test_the_same_input_gives_the_same_bits_forward_and_backward(backend: str, d
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends
 def test_nothing_crosses_a_tile_border_even_at_the_largest_scale(backend: str) -> None:
     map_size, window = (7, 10), (4, 4)
     qkv, scale, table = random_inputs(map_size, window, torch.float32, 100.0)

@@ -17,6 +17,7 @@ from swinv2_scale.engine.job import TASKS
 from swinv2_scale.plan.activations import kept_by_block
 from swinv2_scale.plan.peak import Activations, activations
 from swinv2_scale.tasks.simmim import SimMIMTask
+from tests.support.fused_kernels import needs_fused
 from tests.support.live_memory import LiveMemory, saved_bytes
 
 torch.set_num_threads(1)
@@ -50,11 +51,13 @@ CLASSES = {
 }
 #: Of the larger ones; each of the others is tried with all three.
 PRECISIONS = {"three stages, four tiles a side": "bf16_autocast", "one side longer, one head": "bf16"}
+BACKENDS = ["eager", "sequential", "sdpa", pytest.param("fused", marks=needs_fused)]
 #: Asked for by the plan's promise: within 10 %. Found: 0.4 %, and 4 % with one head, where float32 values are read as
 #: they lie and not copied.
 KEPT = 0.1
-#: Peaks depend on the order in which torch frees and makes temporary tensors. Found: -9 to +11 %.
-PEAK = 0.15
+#: Peaks depend on the order in which torch frees and makes temporary tensors. Found: -9 to +11 %; without scores these
+#: are more of the whole, with ``fused`` down to -20 %.
+PEAK = {False: 0.15, True: 0.22}
 
 GIANT = "stages/giant/simmim_192w12.yaml"
 BASE = "stages/base/simmim_192w12.yaml"
@@ -101,11 +104,11 @@ def check(config: RunConfig, device: str) -> Activations:
     kept, peak = measured(config, device)
     planned = activations(config, "cpu")
     assert planned.kept == pytest.approx(kept, rel=KEPT)
-    assert planned.peak == pytest.approx(peak, rel=PEAK)
+    assert planned.peak == pytest.approx(peak, rel=PEAK["fused" in config.model.stage_backends])
     return planned
 
 
-@pytest.mark.parametrize("backend", ["eager", "sequential", "sdpa"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("checkpointing", ["none", "torch"])
 @pytest.mark.parametrize(
     ("shape", "precision"),
@@ -138,7 +141,7 @@ def test_fairscales_checkpoints_take_as_much(backend):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["eager", "sequential", "sdpa"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_kept_is_what_autograd_saves(precision, backend):
     # The count of saved tensors has neither the bytes of the images nor the loss; they are a few thousand bytes here.
     config = load_config(

@@ -1,0 +1,50 @@
+// The kernels for one instruction set: compiled once for each, with -DKERNELS=<name> and its flags.
+#include "backward.h"
+#include "forward.h"
+
+namespace {
+
+// Every published variant has 32 channels a head: known at compile time where it is used, any number elsewhere.
+template <class In>
+#if defined(__AVX2__)
+constexpr int kUsualDim = sizeof(In) < 8 ? 32 : 0;
+#else
+constexpr int kUsualDim = 0;
+#endif
+
+template <class In, class M>
+struct Of {
+  static size_t forward_bytes(const Problem& p, const Group& g) { return Forward<In, M, 0>(p, g, nullptr).bytes; }
+  static size_t backward_bytes(const Problem& p, const Group& g) { return Backward<In, M, 0>(p, g, nullptr).bytes; }
+  static void forward(const Problem& p, const Item& item, char* scratch) {
+    if (p.dim == kUsualDim<In>) {
+      Forward<In, M, kUsualDim<In>>(p, *item.group, scratch).run(item);
+    } else {
+      Forward<In, M, 0>(p, *item.group, scratch).run(item);
+    }
+  }
+  static void backward(const Problem& p, const Item& item, int64_t index, char* scratch) {
+    if (p.dim == kUsualDim<In>) {
+      Backward<In, M, kUsualDim<In>>(p, *item.group, scratch).run(item, index);
+    } else {
+      Backward<In, M, 0>(p, *item.group, scratch).run(item, index);
+    }
+  }
+  static constexpr swinv2::KernelsOfType table{forward_bytes, backward_bytes, forward, backward};
+};
+
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+#define NAME_OF(x) swinv2_kernels_##x
+#define NAME(x) NAME_OF(x)
+
+}  // namespace
+
+extern "C" __attribute__((visibility("hidden"))) const swinv2::Kernels NAME(KERNELS) = {
+    TEXT(KERNELS),
+#if defined(__AVX512BF16__)
+    {{}, {}, Of<BFloat16, Halves>::table},  // the others are those of avx512
+#else
+    {Of<float, Wide<float>>::table, Of<double, Wide<double>>::table, Of<BFloat16, Wide<float>>::table},
+#endif
+};

@@ -1,0 +1,118 @@
+"""``fused``: attention on CPUs by our own kernels (csrc/), forward and backward without a matrix of queries x keys.
+
+Kept for backward are qkv, the output and one number a token and head (the logarithm of the softmax's sum). The same
+input gives the same bits for any number of threads. ``swinv2-scale kernels build`` compiles them; nothing here does.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinv2_scale.errors import ConfigError
+from swinv2_scale.models.ops import build
+from swinv2_scale.models.precision import wide_type
+from swinv2_scale.models.tiles import Tiling
+
+#: From the best to what runs everywhere.
+KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
+
+
+def fused(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling) -> Tensor:
+    """See the contract in attend.py. float16 takes a float32 copy; load() comes first."""
+    if qkv.dtype == torch.float16:
+        return fused(qkv.float(), logit_scale, bias_table, tiles).half()
+    num_tiles = [group.num_tiles for group in tiles.groups]
+    sides = [side for group in tiles.groups for side in group.shape]
+    wide = wide_type(qkv.dtype)
+    out, _ = torch.ops.swinv2_scale.window_attention(
+        qkv.contiguous(),
+        logit_scale.to(wide).contiguous(),
+        bias_table.to(wide).contiguous(),
+        tiles.order,
+        num_tiles,
+        sides,
+    )
+    return out  # type: ignore[no-any-return]
+
+
+def load() -> str:
+    """Load the kernels and choose those of this CPU; returns their name.
+
+    Raises:
+        ConfigError: they are not built, or what was built can't be loaded.
+    """
+    path = build.find()
+    if path is None:
+        raise ConfigError(
+            f"model.attention.backend fused: it is not built for torch {torch.__version__} in "
+            f"{' or '.join(map(str, build.places()))}",
+            "run `swinv2-scale kernels build` (a C++ compiler is needed), or choose auto, eager or sequential",
+        )
+    return _load(path)
+
+
+@cache
+def _load(path: Path) -> str:
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        message = f"model.attention.backend fused: {path} can't be loaded: {error}"
+        raise ConfigError(message, "delete it and run `swinv2-scale kernels build`") from None
+    _register()
+    name = best(torch.backends.cpu.get_cpu_capability(), torch.ops.swinv2_scale.usable_kernels())
+    torch.ops.swinv2_scale.select_kernels(name)
+    return name
+
+
+def best(capability: str, usable: list[str]) -> str:
+    """The kernels to take: of those that the CPU can run, the best that torch's capability allows.
+
+    It heeds the environment's ATEN_CPU_CAPABILITY, so that torch and we use the same instructions.
+    """
+    allowed = {"AVX512": KERNELS, "AVX2": KERNELS[2:]}.get(capability, KERNELS[-1:])
+    return next(name for name in allowed if name in usable)
+
+
+def _register() -> None:
+    """What torch.compile and autograd know about the operators."""
+    torch.library.register_fake("swinv2_scale::window_attention", _shapes)
+    torch.library.register_fake("swinv2_scale::window_attention_backward", _backward_shapes)
+    torch.library.register_autograd("swinv2_scale::window_attention", _backward, setup_context=_keep)
+
+
+def _shapes(
+    qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, order: Tensor, num_tiles: list[int], sides: list[int]
+) -> tuple[Tensor, Tensor]:
+    batch, length, _, heads, dim = qkv.shape
+    return qkv.new_empty((batch, length, heads, dim)), logit_scale.new_empty((batch, heads, length))
+
+
+def _backward_shapes(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    logit_scale: Tensor,
+    bias_table: Tensor,
+    order: Tensor,
+    num_tiles: list[int],
+    sides: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(qkv), torch.empty_like(logit_scale), torch.empty_like(bias_table)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, logit_scale, bias_table, order, ctx.num_tiles, ctx.sides = inputs
+    ctx.save_for_backward(qkv, *output, logit_scale, bias_table, order)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.swinv2_scale.window_attention_backward(
+        grad_out.contiguous(), *ctx.saved_tensors, ctx.num_tiles, ctx.sides
+    )
+    return *gradients, None, None, None
