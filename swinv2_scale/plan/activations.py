@@ -13,6 +13,7 @@ from typing import Literal
 
 from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.tasks import ClassificationConfig
 from swinv2_scale.geometry import Size, effective_shift, spans
 from swinv2_scale.plan.parameters import BIAS_MLP_WIDTH
 
@@ -192,13 +193,17 @@ def _embedding_bytes(config: RunConfig, width: Widths) -> int:
 
 def _head_bytes(config: RunConfig, width: Widths) -> int:
     """The last norm's input and the head's; for the loss of classes logarithms of shares and soft labels, of pixels the
-    sign of each error and where it counts."""
-    model, batch = config.model, config.data.micro_batch_size
+    sign of each error, and where they count if it isn't hidden units alone that are decoded."""
+    model, task, batch = config.model, config.task, config.data.micro_batch_size
     tokens, dim = batch * math.prod(model.stage_maps[-1]), model.stage_dims[-1]
-    if config.task.name == "classification":
+    if isinstance(task, ClassificationConfig):
         weights = model.num_classes * dim * width.weight_copy
         norm = tokens * (dim * width.norm + 2 * _WIDE)
         return norm + batch * (dim * width.linear + 2 * model.num_classes * _WIDE) + weights
     weights = model.stride**2 * model.in_channels * dim * width.weight_copy
-    loss = batch * math.prod(model.image_shape) * (model.in_channels + 1) * _WIDE
-    return tokens * (dim * (width.norm + width.linear) + 2 * _WIDE) + loss + weights
+    numbers = model.in_channels + 1
+    if task.mask_patch_size % model.stride == 0:
+        units = math.prod(length // task.mask_patch_size for length in model.image_shape)
+        tokens = batch * math.ceil(task.mask_ratio * units) * (task.mask_patch_size // model.stride) ** 2
+        numbers = model.in_channels
+    return tokens * (dim * (width.norm + width.linear) + 2 * _WIDE + model.stride**2 * numbers * _WIDE) + weights
