@@ -13,7 +13,7 @@ from typing import Literal
 
 from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.config.run import RunConfig
-from swinv2_scale.config.tasks import ClassificationConfig
+from swinv2_scale.config.tasks import ClassificationConfig, SimMIMConfig
 from swinv2_scale.geometry import Size, effective_shift, spans
 from swinv2_scale.plan.parameters import BIAS_MLP_WIDTH
 
@@ -95,7 +95,7 @@ def block_bytes(model: ModelConfig, stage: int, block: int, batch: int, width: W
     attention_side = length * (2 * dim * width.linear + dim * width.norm + 2 * _WIDE)  # inputs: qkv, projection, norm
     if model.has_extra_norm(stage, block):
         attention_side += length * (dim * width.norm + 2 * _WIDE)
-    weights = (4 * dim * dim + 2 * dim * hidden) * width.weight_copy
+    weights = (4 * dim * dim + dim * hidden) * width.weight_copy  # fc2 rounds its own once more in backward
     attention = sum(attention_bytes(model, stage, block, batch, width).values())
     return (
         attention_side + mlp_bytes(model, stage, batch, width) + weights + attention + _bias_bytes(model, stage, width)
@@ -103,10 +103,10 @@ def block_bytes(model: ModelConfig, stage: int, block: int, batch: int, width: W
 
 
 def mlp_bytes(model: ModelConfig, stage: int, batch: int, width: Widths) -> int:
-    """What the MLP of a block and the norm behind it save: inputs of fc1, GELU, fc2 and the norm."""
+    """What the MLP of a block and the norm behind it save: inputs of fc1, GELU and the norm."""
     dim, hidden = model.stage_dims[stage], int(model.stage_dims[stage] * model.mlp_ratio)
     length = batch * math.prod(model.stage_maps[stage])
-    return length * ((dim + 2 * hidden) * width.linear + dim * width.norm + 2 * _WIDE)
+    return length * ((dim + hidden) * width.linear + dim * width.norm + 2 * _WIDE)
 
 
 def attention_bytes(model: ModelConfig, stage: int, block: int, batch: int, width: Widths) -> dict[Tiles, int]:
@@ -201,9 +201,16 @@ def _head_bytes(config: RunConfig, width: Widths) -> int:
         norm = tokens * (dim * width.norm + 2 * _WIDE)
         return norm + batch * (dim * width.linear + 2 * model.num_classes * _WIDE) + weights
     weights = model.stride**2 * model.in_channels * dim * width.weight_copy
-    numbers = model.in_channels + 1
-    if task.mask_patch_size % model.stride == 0:
-        units = math.prod(length // task.mask_patch_size for length in model.image_shape)
-        tokens = batch * math.ceil(task.mask_ratio * units) * (task.mask_patch_size // model.stride) ** 2
-        numbers = model.in_channels
-    return tokens * (dim * (width.norm + width.linear) + 2 * _WIDE + model.stride**2 * numbers * _WIDE) + weights
+    pixels = decoded_pixels(model, task)
+    tokens = batch * pixels // model.stride**2
+    is_part = pixels < math.prod(model.image_shape)
+    loss = batch * pixels * (model.in_channels + (not is_part)) * _WIDE
+    return tokens * (dim * (width.norm + width.linear) + 2 * _WIDE) + loss + weights
+
+
+def decoded_pixels(model: ModelConfig, task: SimMIMConfig) -> int:
+    """Of an image: those of the hidden units, where no token of the last stage is partly hidden; else all."""
+    unit = task.mask_patch_size
+    if unit % model.stride:
+        return math.prod(model.image_shape)
+    return math.ceil(task.mask_ratio * math.prod(length // unit for length in model.image_shape)) * unit**2
