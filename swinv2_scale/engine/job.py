@@ -129,8 +129,6 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     shapes = zero.full_shapes(model)
     if not will_load:
         zero.assign(model, first_values(model, shapes, config, loading))
-    if config.engine.zero_stage == 3:
-        zero.bring_blocks_whole(model)
     compilation.apply(model, config)
     activation_checkpointing.apply(model, config.engine.activation_checkpointing)
     engine, *_ = deepspeed.initialize(

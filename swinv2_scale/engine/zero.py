@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from swinv2_scale import dist
 from swinv2_scale.engine.adamw import AdamW
 from swinv2_scale.engine.deepspeed_import import deepspeed
-from swinv2_scale.models.block import Block
 
 
 def build(build_model: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:
@@ -30,15 +29,6 @@ def build(build_model: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn
     # on a CPU. It takes the right type from the configuration.
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         return build_model()
-
-
-def bring_blocks_whole(model: nn.Module) -> None:
-    """Let stage 3 bring and release all parameters of a Swin block at once, before ``deepspeed.initialize``.
-
-    A block has twelve modules of its own. DeepSpeed hooks into each, and after each goes through all that are still to
-    come to find out which parameters are needed again (``stage3_max_reuse_distance``): with the square of their number.
-    """
-    deepspeed.utils.set_z3_leaf_modules(model, [Block])
 
 
 def full_shapes(model: nn.Module) -> dict[str, torch.Size]:

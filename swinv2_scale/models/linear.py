@@ -97,8 +97,25 @@ def _is_onednns(x: Tensor, weight: Tensor) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias in float32, by oneDNN."""
+    multiply = _opaque_product if torch.compiler.is_compiling() else _onednn_product
+    out: Tensor = multiply(x, weight, bias)
+    return out
+
+
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
+
+
+# What torch.compile sees: torch 2.15's inductor compiles oneDNN's own operation for weights that never change alone.
+@torch.library.custom_op("swinv2_scale::onednn_product", mutates_args=())
+def _opaque_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _onednn_product(x, weight, bias)
+
+
+@_opaque_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 # A weight is saved as it came: at ZeRO-3 a parameter that has no values until backward brings them. A view of it, as
