@@ -13,6 +13,7 @@ images/s of the job of two / sum of the images/s of the two independent ones.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from machine import describe_machine, describe_versions
 
@@ -71,6 +73,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--micro-batch-size", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="where the rates of all turns go")
+    parser.add_argument("--stages", type=int, nargs="*", choices=(0, 1, 3), default=(0, 1, 3), help="of ZeRO")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every job")
     options = parser.parse_intermixed_args()
     print("# Weak scaling: one job of two processes against two independent processes\n")
@@ -83,17 +87,22 @@ def main() -> None:
     print("|---|---|---|---|---|")
     results = []
     for name, stage, goal in CASES:
+        if stage not in options.stages:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             results.append((name, goal, measure(Path(folder), name, stage, options)))
+        if options.json:
+            options.json.write_text(json.dumps({name: turns for name, _, turns in results}, indent=1) + "\n")
     print("\n| case | efficiency, median | lowest, highest turn | to reach |")
     print("|---|---|---|---|")
-    for name, goal, found in results:
+    for name, goal, turns in results:
+        found = [turn["efficiency"] for turn in turns]
         spread = f"{min(found):.1%}, {max(found):.1%}"
         print(f"| {name} | **{statistics.median(found):.1%}** | {spread} | {goal:.0%} |")
 
 
-def measure(folder: Path, name: str, stage: int, options: argparse.Namespace) -> list[float]:
-    """The efficiency of each turn."""
+def measure(folder: Path, name: str, stage: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The efficiency of each turn, and the images/s that it is made of."""
     (folder / "config.yaml").write_text(CONFIG.format(shards=folder / "shards"))
     cores = sorted(os.sched_getaffinity(0))[:2]
     words = [f"engine.zero_stage={stage}", *options.overrides]
@@ -114,9 +123,9 @@ def measure(folder: Path, name: str, stage: int, options: argparse.Namespace) ->
             order = ([two], ones) if number % 2 == 0 else (ones, [two])
             rates = {side[0].run.name: take_turn(side) for side in order}
             (together,), alone = rates["of-two"], rates[ones[0].run.name]
-            found.append(together / sum(alone))
+            found.append({"together": together, "alone": alone, "efficiency": together / sum(alone)})
             each = ", ".join(f"{rate:.3f}" for rate in alone)
-            print(f"| {name} | {number + 1} | {together:.3f} | {each} | {found[-1]:.1%} |", flush=True)
+            print(f"| {name} | {number + 1} | {together:.3f} | {each} | {together / sum(alone):.1%} |", flush=True)
         return found
     finally:
         for job in jobs:

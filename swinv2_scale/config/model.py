@@ -40,6 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Fields of ModelConfig that say how it is computed, not what: no weights depend on them.
+EXECUTION_FIELDS = {"attention", "linear", "compile"}
+
+
 class AttentionConfig(Section):
     """How window attention is computed; the numbers are the same for every choice, memory and time are not."""
 
@@ -72,6 +76,11 @@ class ModelConfig(Section):
     extra_norm_counter: Literal["stage", "model"] = "stage"
     num_classes: Annotated[int, Field(ge=0)] = 0
     attention: AttentionConfig = AttentionConfig()
+    #: What multiplies float32 in Linears on a CPU: ``torch`` (MKL), ``onednn``, or ``auto``: oneDNN where MKL is slow,
+    #: on x86 CPUs that aren't Intel's. GPUs and other types know no difference.
+    linear: Literal["auto", "torch", "onednn"] = "auto"
+    #: torch.compile of the blocks: faster steps, after a first one that takes minutes. Needs a C++ compiler.
+    compile: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -21,6 +21,8 @@ ResumePolicy = Literal["fixed", "warn", "free"]
 #: By key or section, the longest match counts. Everything not named is fixed.
 _RESUME_POLICY: dict[str, ResumePolicy] = {
     "model.attention": "warn",  # the same formula, another order of additions
+    "model.linear": "warn",  # the same formula, another order of additions
+    "model.compile": "warn",
     "model.drop_path_rate": "warn",
     "data.micro_batch_size": "warn",  # accumulation follows; only the order of additions changes
     "data.train": "free",  # what is in the shards counts, not where they lie: the manifest's digest is compared

@@ -8,6 +8,7 @@ import torch
 
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.errors import ConfigError, ConfigProblem
+from swinv2_scale.models.block import Block
 from swinv2_scale.plan.batch import accumulation_steps
 from swinv2_scale.plan.zero import Sharding
 
@@ -25,6 +26,9 @@ def translate(config: RunConfig, world_size: int) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": engine.prefetch_bucket_elements,
             "stage3_param_persistence_threshold": engine.param_persistence_elements,
             "stage3_max_live_parameters": engine.max_live_elements,
+            # All parameters of a Swin block come and go at once. It has twelve modules with hooks else, and after each
+            # DeepSpeed goes through all that are to come, to find what is used again within stage3_max_reuse_distance.
+            "leaf_module": {"classes": [f"{Block.__module__}.{Block.__qualname__}"]},
         }
     sharding = Sharding.of(config, world_size)
     zero |= _offload(sharding)

@@ -16,7 +16,16 @@ from swinv2_scale import dist
 from swinv2_scale.config.loader import LoadedConfig
 from swinv2_scale.config.run import ClusterConfig, RunConfig
 from swinv2_scale.data.ledger import Quarantined
-from swinv2_scale.engine import activation_checkpointing, announce, checkpoint, evaluate, random_states, restore, zero
+from swinv2_scale.engine import (
+    activation_checkpointing,
+    announce,
+    checkpoint,
+    compilation,
+    evaluate,
+    random_states,
+    restore,
+    zero,
+)
 from swinv2_scale.engine.accounting import Accounting
 from swinv2_scale.engine.amplitudes import AmplitudeMeter
 from swinv2_scale.engine.deepspeed_config import read_back, translate
@@ -115,11 +124,13 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
     """
     started = time.perf_counter()
     ds_config = translate(config, dist.world_size())
+    dist.all_agree(lambda: compilation.check(config), "looking for a compiler")
     swap = _claim_swap_folder(config) if config.engine.offload.uses_nvme else None
     model = zero.build(task.build_model, ds_config)
     shapes = zero.full_shapes(model)
     if not will_load:
         zero.assign(model, first_values(model, shapes, config, loading))
+    compilation.apply(model, config)
     activation_checkpointing.apply(model, config.engine.activation_checkpointing)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, shapes, config.optim), config=ds_config

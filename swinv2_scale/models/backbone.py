@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from swinv2_scale.config.model import ModelConfig, PretrainedWindows
 from swinv2_scale.geometry import Size
+from swinv2_scale.models import linear
 from swinv2_scale.models.block import Block
+from swinv2_scale.models.linear import Library, Linear
 from swinv2_scale.models.ops.attend import resolve
 
 
@@ -36,9 +38,9 @@ class PatchEmbed(nn.Module):
 class PatchMerging(nn.Module):
     """Four neighbouring tokens become one of twice the width: reduction first, then the norm (V1 had it before)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, library: Library = "torch") -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False, library=library)
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: Tensor, map_size: Size) -> tuple[Tensor, Size]:
@@ -59,6 +61,7 @@ class Stage(nn.Module):
         dim = config.stage_dims[stage]
         first = sum(config.depths[:stage])
         attend = resolve(config.stage_backends[stage], config.attention.max_score_bytes)
+        library = linear.resolve(config.linear)
         self.blocks = nn.ModuleList(
             Block(
                 dim=dim,
@@ -66,6 +69,7 @@ class Stage(nn.Module):
                 window_size=config.window_shape,
                 pretrained_window=config.stage_pretrained_windows[stage],
                 attend=attend,
+                library=library,
                 mlp_ratio=config.mlp_ratio,
                 drop_path=config.drop_path_rates[first + i],
                 index=first + i,
@@ -74,7 +78,7 @@ class Stage(nn.Module):
             )
             for i in range(config.depths[stage])
         )
-        self.downsample = PatchMerging(dim) if stage + 1 < config.num_stages else None
+        self.downsample = PatchMerging(dim, library) if stage + 1 < config.num_stages else None
 
     def forward(self, x: Tensor, map_size: Size, drop_keys: Tensor | None = None) -> Tensor:
         """The stage's own level, (B, L, C); merging is the caller's, so that dense heads see every level."""

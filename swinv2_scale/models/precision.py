@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 
 
+def autocast_kind(device: torch.device) -> str:
+    """Whose autocast counts on a device; the meta device, which autocast doesn't know, is a CPU."""
+    return "cpu" if device.type == "meta" else device.type
+
+
 def without_autocast(device: torch.device) -> torch.autocast:
-    """A context in which nothing is cast; also for the meta device, which autocast doesn't know."""
-    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+    """A context in which nothing is cast."""
+    return torch.autocast(autocast_kind(device), enabled=False)
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:

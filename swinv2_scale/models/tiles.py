@@ -114,5 +114,5 @@ def tile_bias(table: Tensor, shape: Size, rows: slice = slice(None)) -> Tensor:
         part = part.unfold(axis + 1, length, 1)
     # Along an unfolded axis the offset grows with the window position: keys come out last to first.
     num_axes = len(shape)
-    part = part.flip(*range(num_axes + 1, 2 * num_axes + 1))
+    part = part.flip([num_axes + 1 + axis for axis in range(num_axes)])  # torch.compile 2.15 takes *range() for more
     return part.reshape(table.shape[0], (last - first) * math.prod(shape[1:]), math.prod(shape))

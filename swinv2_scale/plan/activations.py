@@ -13,6 +13,7 @@ from typing import Literal
 
 from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.tasks import ClassificationConfig, SimMIMConfig
 from swinv2_scale.geometry import Size, effective_shift, spans
 from swinv2_scale.plan.parameters import BIAS_MLP_WIDTH
 
@@ -94,7 +95,7 @@ def block_bytes(model: ModelConfig, stage: int, block: int, batch: int, width: W
     attention_side = length * (2 * dim * width.linear + dim * width.norm + 2 * _WIDE)  # inputs: qkv, projection, norm
     if model.has_extra_norm(stage, block):
         attention_side += length * (dim * width.norm + 2 * _WIDE)
-    weights = (4 * dim * dim + 2 * dim * hidden) * width.weight_copy
+    weights = (4 * dim * dim + dim * hidden) * width.weight_copy  # fc2 rounds its own once more in backward
     attention = sum(attention_bytes(model, stage, block, batch, width).values())
     return (
         attention_side + mlp_bytes(model, stage, batch, width) + weights + attention + _bias_bytes(model, stage, width)
@@ -102,10 +103,10 @@ def block_bytes(model: ModelConfig, stage: int, block: int, batch: int, width: W
 
 
 def mlp_bytes(model: ModelConfig, stage: int, batch: int, width: Widths) -> int:
-    """What the MLP of a block and the norm behind it save: inputs of fc1, GELU, fc2 and the norm."""
+    """What the MLP of a block and the norm behind it save: inputs of fc1, GELU and the norm."""
     dim, hidden = model.stage_dims[stage], int(model.stage_dims[stage] * model.mlp_ratio)
     length = batch * math.prod(model.stage_maps[stage])
-    return length * ((dim + 2 * hidden) * width.linear + dim * width.norm + 2 * _WIDE)
+    return length * ((dim + hidden) * width.linear + dim * width.norm + 2 * _WIDE)
 
 
 def attention_bytes(model: ModelConfig, stage: int, block: int, batch: int, width: Widths) -> dict[Tiles, int]:
@@ -196,13 +197,24 @@ def _embedding_bytes(config: RunConfig, width: Widths) -> int:
 
 def _head_bytes(config: RunConfig, width: Widths) -> int:
     """The last norm's input and the head's; for the loss of classes logarithms of shares and soft labels, of pixels the
-    sign of each error and where it counts."""
-    model, batch = config.model, config.data.micro_batch_size
+    sign of each error, and where they count if it isn't hidden units alone that are decoded."""
+    model, task, batch = config.model, config.task, config.data.micro_batch_size
     tokens, dim = batch * math.prod(model.stage_maps[-1]), model.stage_dims[-1]
-    if config.task.name == "classification":
+    if isinstance(task, ClassificationConfig):
         weights = model.num_classes * dim * width.weight_copy
         norm = tokens * (dim * width.norm + 2 * _WIDE)
         return norm + batch * (dim * width.linear + 2 * model.num_classes * _WIDE) + weights
     weights = model.stride**2 * model.in_channels * dim * width.weight_copy
-    loss = batch * math.prod(model.image_shape) * (model.in_channels + 1) * _WIDE
+    pixels = decoded_pixels(model, task)
+    tokens = batch * pixels // model.stride**2
+    is_part = pixels < math.prod(model.image_shape)
+    loss = batch * pixels * (model.in_channels + (not is_part)) * _WIDE
     return tokens * (dim * (width.norm + width.linear) + 2 * _WIDE) + loss + weights
+
+
+def decoded_pixels(model: ModelConfig, task: SimMIMConfig) -> int:
+    """Of an image: those of the hidden units, where no token of the last stage is partly hidden; else all."""
+    unit = task.mask_patch_size
+    if unit % model.stride:
+        return math.prod(model.image_shape)
+    return math.ceil(task.mask_ratio * math.prod(length // unit for length in model.image_shape)) * unit**2

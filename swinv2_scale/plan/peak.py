@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.config.run import RunConfig
+from swinv2_scale.config.tasks import SimMIMConfig
 from swinv2_scale.plan.activations import (
     DeviceType,
     Tiles,
     Widths,
     attention_bytes,
     block_bytes,
+    decoded_pixels,
     kept_by_block,
     mlp_bytes,
     piece_of_sequential,
@@ -72,17 +74,19 @@ def activations(config: RunConfig, device: DeviceType = "cuda") -> Activations:
 def _loss_gradients(config: RunConfig, width: Widths) -> int:
     """Gradients of the prediction where the loss is, or further down of a class head's weights."""
     model, batch = config.model, config.data.micro_batch_size
-    if config.task.name == "simmim":
-        return 3 * batch * math.prod(model.image_shape) * model.in_channels * _WIDE
+    if isinstance(config.task, SimMIMConfig):
+        return 3 * batch * decoded_pixels(model, config.task) * model.in_channels * _WIDE
     weights = model.num_classes * model.stage_dims[-1] * (width.linear if not width.weight_copy else _WIDE)
     return max(weights - batch * model.num_classes * _WIDE, 3 * batch * model.num_classes * _WIDE)
 
 
 def _mlp_gradients(model: ModelConfig, stage: int, batch: int, width: Widths) -> int:
-    """GELU's gradient stands beside everything that the block has saved; so does the gradient of one weight."""
+    """GELU, made again, and its gradient stand beside everything that the block has saved; so does the gradient of one
+    weight."""
     dim, hidden = model.stage_dims[stage], int(model.stage_dims[stage] * model.mlp_ratio)
     length = batch * math.prod(model.stage_maps[stage])
-    return length * (hidden * width.linear + dim * width.residual) + _weight_gradient(model, stage, width)
+    rounded = hidden * dim * width.weight_copy  # of fc2, made again too
+    return length * (2 * hidden * width.linear + dim * width.residual) + rounded + _weight_gradient(model, stage, width)
 
 
 def _attention_gradients(model: ModelConfig, stage: int, block: int, batch: int, width: Widths) -> int:

@@ -6,6 +6,7 @@ tests/distributed/test_plan.py compares these numbers with the tensors of live e
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -78,10 +79,21 @@ class Sharding:
     @property
     def live(self) -> int:
         """Stage 3: numbers that are whole on a process at once: DeepSpeed gathers ahead until it has so many, and
-        keeps what is used again soon. Up to a billion by default: all of B, a third of G.
+        keeps what is used again soon. Up to a billion by default: all of B, a third of G. A block is whole or not.
         """
         reuse = self.override("stage3_max_reuse_distance") // (2 + self.is_recomputing)
-        return min(self.numel, max(self.config.engine.max_live_elements, reuse) + self.persistent)
+        limit = max(self.config.engine.max_live_elements, reuse, self.largest_block)
+        return min(self.numel, limit + self.persistent)
+
+    @property
+    def largest_block(self) -> int:
+        """Numbers of the largest Swin block."""
+        sizes: Counter[str] = Counter()
+        for name, shape in self.shapes.items():
+            stage, _, rest = name.rpartition(".blocks.")
+            if stage:
+                sizes[f"{stage} {rest.partition('.')[0]}"] += math.prod(shape)
+        return max(sizes.values())
 
     @property
     def parameter_buffers(self) -> tuple[int, int]:

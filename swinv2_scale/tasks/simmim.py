@@ -30,22 +30,32 @@ from swinv2_scale.models.precision import wide_type
 _HIDDEN_GREY = 128
 
 
+def mask_units(config: RunConfig) -> Size:
+    """Mask units of an image along each axis."""
+    return tuple(length // _section(config).mask_patch_size for length in config.model.image_shape)
+
+
+def num_hidden(units: Size, ratio: float) -> int:
+    """How many of an image's mask units are hidden: the share, rounded up."""
+    return math.ceil(ratio * math.prod(units))
+
+
 def draw_hidden(units: Size, ratio: float, draw: Draw) -> NDArray[np.bool_]:
-    """Which mask units are hidden: ``ceil(ratio * units)`` of them, drawn without replacement.
+    """Which mask units are hidden: ``num_hidden`` of them, drawn without replacement.
 
     Returns:
         bool array of shape ``units``, True = hidden.
     """
     total = math.prod(units)
     # The smallest of as many uniform numbers: numpy promises `random`'s stream, not `permutation`'s.
-    chosen = np.argsort(draw.generator("mask").random(total), kind="stable")[: math.ceil(ratio * total)]
+    chosen = np.argsort(draw.generator("mask").random(total), kind="stable")[: num_hidden(units, ratio)]
     hidden = np.zeros(total, np.bool_)
     hidden[chosen] = True
     return hidden.reshape(units)
 
 
 class SimMIM(nn.Module):
-    """Encoder, mask token and the pixel-shuffle head, named as in the released code.
+    """Encoder, mask token and the linear pixel head, named as in the released code.
 
     Args:
         config: its sections model, task and data are read.
@@ -55,25 +65,27 @@ class SimMIM(nn.Module):
         super().__init__()
         model, task = config.model, _section(config)
         self.mask_patch_size = task.mask_patch_size
+        self.num_hidden = num_hidden(mask_units(config), task.mask_ratio)
         self.target_norm_window = task.target_norm_window
         self.pixel_mean, self.pixel_std = config.data.pixel_mean, config.data.pixel_std
         self.encoder = SwinV2(model)
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim))
-        self.decoder = nn.Sequential(
-            nn.Conv2d(model.stage_dims[-1], model.stride**2 * model.in_channels, kernel_size=1),
-            nn.PixelShuffle(model.stride),
-        )
+        # A Sequential so that its weights have the released names.
+        self.decoder = nn.Sequential(nn.Conv2d(model.stage_dims[-1], model.stride**2 * model.in_channels, 1))
 
-    def forward(self, images: Tensor, hidden: Tensor, drop_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, hidden: Tensor, drop_keys: Tensor | None = None, decode_all: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             images: (B, C_in, H, W) of the configured pixel type.
-            hidden: bool (B, H/unit, W/unit).
+            hidden: bool (B, H/unit, W/unit), the configured share of each sample (``num_hidden``).
             drop_keys: int64 (B,) for drop path; None drops nothing.
+            decode_all: decode the visible units too, for the prediction; the loss doesn't need them.
 
         Returns:
             (B,) float32, each sample's mean absolute error over its hidden pixels and channels; and the prediction,
-            float32 (B, C_in, H, W), in normalised pixels.
+            float32 (B, C_in, H, W), in normalised pixels, or None where only hidden units were decoded.
         Source: SimMIM (arXiv 2111.09886) sec. 3; every sample hides the same number of pixels, so the mean over
         samples is the released loss. Sums are in float32: in half precision they overflow with a few images.
         """
@@ -84,13 +96,39 @@ class SimMIM(nn.Module):
         hidden_tokens = _repeated(hidden, repeat).flatten(1)[..., None]
         tokens = torch.where(hidden_tokens, self.mask_token.to(tokens.dtype), tokens)
         features, map_size = encoder.forward_levels(tokens, map_size, drop_keys)[-1]
-        features = encoder.norm(features).transpose(1, 2).reshape(len(images), -1, *map_size)
-        prediction = self.decoder(features)
-        prediction = prediction.to(wide_type(prediction.dtype))
-        error = (self.target(pixels) - prediction).abs()
+        target = self.target(pixels)
+        if decode_all or self.mask_patch_size % encoder.config.stride:
+            return self._loss_of_all(features, map_size, target, hidden)
+        return self._loss_of_hidden(features, map_size, target, hidden), None
+
+    def _loss_of_all(self, features: Tensor, map_size: Size, target: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode every token of the last stage, and count the pixels that are hidden."""
+        features = self.encoder.norm(features).transpose(1, 2)
+        decoded = self.decoder[0](features.view(*features.shape[:2], *map_size))
+        prediction = F.pixel_shuffle(decoded.to(wide_type(decoded.dtype)), self.encoder.config.stride)
+        error = (target - prediction).abs()
         hidden_pixels = _repeated(hidden, self.mask_patch_size)[:, None].float()
-        count = hidden_pixels.sum((1, 2, 3)) * images.shape[1]
+        count = hidden_pixels.sum((1, 2, 3)) * target.shape[1]
         return (error * hidden_pixels).sum((1, 2, 3)) / count, prediction
+
+    def _loss_of_hidden(self, features: Tensor, map_size: Size, target: Tensor, hidden: Tensor) -> Tensor:
+        """The same number where each token of the last stage lies in one mask unit: visible ones are left out.
+
+        Which units are hidden is the sample's own, how many is the configuration's: no shape depends on data.
+        """
+        stride, unit = self.encoder.config.stride, self.mask_patch_size
+        units = hidden.flatten(1).byte().argsort(stable=True, dim=1, descending=True)[:, : self.num_hidden]
+        side = unit // stride
+        tokens = features.view(len(units), *map_size, -1)
+        features = self.encoder.norm(_taken(tokens, side, units).flatten(1, 3))
+        # Through the convolution's own module, whose weight ZeRO-3 brings when it is called.
+        decoded = self.decoder[0](features.transpose(1, 2)[..., None])
+        prediction = decoded.to(wide_type(decoded.dtype)).view(
+            len(units), -1, stride, stride, *units.shape[1:], side, side
+        )
+        prediction = prediction.permute(0, 4, 5, 2, 6, 3, 1).reshape(*units.shape, unit, unit, -1)
+        error: Tensor = _taken(target.movedim(1, -1), unit, units) - prediction
+        return error.abs().mean((1, 2, 3, 4))
 
     def normalised(self, images: Tensor) -> Tensor:
         """Pixels of any type to float32 of about zero mean and unit variance."""
@@ -123,7 +161,7 @@ class SimMIMTask:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.task = config, _section(config)
-        self.units = tuple(length // self.task.mask_patch_size for length in config.model.image_shape)
+        self.units = mask_units(config)
         num_values = config.model.in_channels * math.prod(config.model.image_shape)
         drop_key_bytes = 8
         self.sample_bytes = (
@@ -171,7 +209,7 @@ class SimMIMTask:
         """
         data = self.config.data
         images, hidden = batch.arrays["images"], batch.arrays["hidden"]
-        _, prediction = model(images, hidden)
+        _, prediction = model(images, hidden, decode_all=True)
         prediction, pixels = prediction.cpu(), normalised(images.cpu(), data.pixel_mean, data.pixel_std)
         mean, std = (torch.tensor(values)[:, None, None] for values in (data.pixel_mean, data.pixel_std))
         around_grey = images.dtype == torch.float32
@@ -232,3 +270,15 @@ def _shown(brightness: Tensor) -> Tensor:
 def _repeated(hidden: Tensor, times: int) -> Tensor:
     """Each mask unit as ``times`` x ``times`` tokens or pixels."""
     return hidden.repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+
+def _taken(x: Tensor, side: int, units: Tensor) -> Tensor:
+    """Some squares of a map: (B, h, w, C) -> (B, n, side, side, C), those numbered (B, n), row by row.
+
+    No number comes twice in a row, so that the gradient's additions have one order.
+    """
+    batch, height, width, channels = x.shape
+    squares = x.view(batch, height // side, side, width // side, side, channels).transpose(2, 3)
+    squares = squares.reshape(batch, -1, side * side * channels)
+    taken = squares.gather(1, units[..., None].expand(-1, -1, squares.shape[2]))
+    return taken.view(*units.shape, side, side, channels)

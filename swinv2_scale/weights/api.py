@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_scale.config.head_map import read_head_map
-from swinv2_scale.config.model import VARIANTS, ModelConfig, PretrainedWindows
+from swinv2_scale.config.model import EXECUTION_FIELDS, VARIANTS, ModelConfig, PretrainedWindows
 from swinv2_scale.config.source import format_value
 from swinv2_scale.errors import WeightsError
 from swinv2_scale.weights.facts import Facts
@@ -182,7 +182,7 @@ def weights_of(model: nn.Module, config: ModelConfig, facts: Facts) -> Weights:
     """A live model's parameters as named tensors."""
     tensors = {name.removeprefix(BACKBONE): p.detach() for name, p in model.named_parameters()}
     metas = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    fields = config.settled.model_dump(exclude={"attention"})
+    fields = config.settled.model_dump(exclude=EXECUTION_FIELDS)
     said = replace(facts, model=fields)
     return Weights("the model", "native", said, metas, lambda name: tensors[name].cpu(), {})
 

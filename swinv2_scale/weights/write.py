@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from swinv2_scale.config.model import ModelConfig
+from swinv2_scale.config.model import EXECUTION_FIELDS, ModelConfig
 from swinv2_scale.errors import OutputError, WeightsError
 from swinv2_scale.weights import hugging_face
 from swinv2_scale.weights.names import FORMAT_NAMES, FORMATS, Format, Rule, rules
@@ -202,7 +202,7 @@ def _about(weights: Weights, config: ModelConfig, style: Format) -> dict[str, An
     facts = weights.facts
     return {
         "format": style,
-        "model": config.model_dump(exclude={"attention"}),
+        "model": config.model_dump(exclude=EXECUTION_FIELDS),
         "pixel_mean": facts.pixel_mean,
         "pixel_std": facts.pixel_std,
         "labels": facts.labels,

@@ -65,7 +65,10 @@ def dangers(source: str) -> Iterator[str]:
     tree = ast.parse(source)
     names = names_of_imports(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name | ast.Attribute) and real_name(node, names) in FORBIDDEN:
+        is_read = isinstance(node, ast.Name | ast.Attribute) and isinstance(
+            node.ctx, ast.Load
+        )  # a field may be named so
+        if is_read and real_name(node, names) in FORBIDDEN:
             yield f"{node.lineno}: {real_name(node, names)}"
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
@@ -122,6 +125,7 @@ def test_the_check_finds_what_it_looks_for(source):
         "import numpy as np\nnp.load(p)\nnp.load(p, allow_pickle=False)",
         "import subprocess\nsubprocess.run(['ls'], shell=False)",
         "import re\nre.compile('x')",
+        "class Model:\n    compile: bool = False",
         "f(**options)\nsubprocess.run(['ls'], check=True)",
         "engine.eval()\nmodel.load(p)\nimport json\njson.load(f)",
     ],

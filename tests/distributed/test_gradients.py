@@ -78,3 +78,14 @@ def test_the_giant_stage_launches_and_trains(giant: Path, tmp_path: Path) -> Non
     assert finished.code == 0, finished.output
     assert [row["step"] for row in metrics(run)] == [1, 2]
     assert "ZeRO stage 3, bf16, attention sequential/sequential/eager/eager" in finished.output
+
+
+@pytest.mark.system
+def test_compiled_blocks_give_the_same_gradients_under_zero_3(tmp_path: Path, shards: Path) -> None:
+    # Float32 in every way. Compiled code adds up in other orders; DeepSpeed's own Linear is torch's matmul.
+    config = write_config(tmp_path, shards)
+    base = ["data.global_batch_size=8", "engine.precision=fp32", "model.depths=[1,1]"]
+    plain, compiled = compare(config, [base, [*base, "model.compile=true"]])
+    assert compiled["count"] == plain["count"]
+    assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    assert max(compiled["differences"]) < 1e-3

@@ -116,7 +116,7 @@ def test_simmim_on_images_that_are_not_square_is_the_definition_and_hugging_face
     pixels = ours.normalised(images).double()
     repeat = UNIT // WIDE.patch
     with torch.no_grad():
-        _, made = ours(images, hidden)
+        _, made = ours(images, hidden, decode_all=True)
     weights = {name.removeprefix("encoder."): value for name, value in ours.state_dict().items()}
     with torch.no_grad():
         for sample in range(2):

@@ -30,6 +30,7 @@ def test_the_giant_stage_on_512_gpus_is_sent_as_this() -> None:
             "stage3_prefetch_bucket_size": 100_000_000,
             "stage3_param_persistence_threshold": 100_000,
             "stage3_max_live_parameters": 1_000_000_000,
+            "leaf_module": {"classes": ["swinv2_scale.models.block.Block"]},
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -16,6 +16,7 @@ from swinv2_scale.models.backbone import PatchEmbed, PatchMerging, SwinV2
 from swinv2_scale.models.block import Block
 from swinv2_scale.models.factory import create_model, initialise, list_models
 from swinv2_scale.models.initialise import initial_values
+from swinv2_scale.models.tiles import tiling
 
 torch.set_num_threads(1)
 
@@ -123,7 +124,9 @@ def test_a_fresh_block_is_the_identity() -> None:
 def test_a_block_adds_the_normalised_attention_and_then_the_normalised_mlp() -> None:
     block = lively(small_model()).double().layers[0].blocks[0]
     x = images(2, 64, 32, dtype=torch.float64)
-    middle = x + F.layer_norm(block.attn(x, (8, 8), False), (32,), block.norm1.weight, block.norm1.bias)
+    tiles = tiling((8, 8), (4, 4), False, x.device)
+    attention = block.attn(x, block.attn.cpb_mlp.table((4, 4), x.device), tiles)
+    middle = x + F.layer_norm(attention, (32,), block.norm1.weight, block.norm1.bias)
     hidden = middle @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     branch = hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias

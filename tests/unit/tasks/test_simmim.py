@@ -241,7 +241,7 @@ def test_the_loss_is_the_mean_error_of_hidden_pixels_alone(channels: int, window
     batch = batch_of(run, 2)
     images, hidden = batch.arrays["images"], batch.arrays["hidden"]
     with torch.no_grad():
-        losses, prediction = model(images, hidden)
+        losses, prediction = model(images, hidden, decode_all=True)
     for sample in range(2):
         errors = []
         for channel in range(channels):
@@ -272,6 +272,50 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_samples_each_as_if_alone() -> No
     assert len({round(value, 4) for value in alone}) > 1
 
 
+def loss_and_gradients(model: SimMIM, batch: Batch, decode_all: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Each sample's loss, and the gradient of their weighted sum by name."""
+    model.zero_grad()
+    losses, _ = model(batch.arrays["images"], batch.arrays["hidden"], decode_all=decode_all)
+    (losses * torch.arange(1.0, 1 + len(losses))).sum().backward()
+    return losses.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("unit", "image_size"), [(8, (32, 48)), (16, (32, 64)), (24, (48, 72)), (4, (32, 48)), (12, (24, 48))]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("window", [0, 5])
+def test_hidden_units_alone_decoded_give_the_loss_and_gradients_of_all(
+    window: int, channels: int, unit: int, image_size: tuple[int, int]
+) -> None:
+    # A token of the last stage is 8 px: one, 2 x 2 and 3 x 3 of them in a unit, then units that cut through tokens.
+    task = {"mask_patch_size": unit, "target_norm_window": window}
+    run = config(channels, model={"image_size": image_size}, task=task)
+    model, batch = lively(run), batch_of(run)
+    # Float64: sums of some thousand terms in another order. Float32: the same, and matrix products of another size.
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        model.to(dtype)
+        losses, gradients = loss_and_gradients(model, batch, decode_all=False)
+        wanted, wanted_gradients = loss_and_gradients(model, batch, decode_all=True)
+        assert losses.dtype == dtype
+        assert ((losses - wanted).abs() <= tolerance * wanted).all()
+        assert gradients.keys() == wanted_gradients.keys() == dict(model.named_parameters()).keys()
+        for name, gradient in gradients.items():
+            difference = (gradient - wanted_gradients[name]).norm()
+            assert difference <= tolerance * wanted_gradients[name].norm(), name
+
+
+def test_the_head_sees_hidden_tokens_alone_where_none_is_partly_hidden() -> None:
+    seen = []
+    for unit, kept in ((8, 15), (16, 16), (4, 24)):  # 15 of 24 units, 4 of 6 units of 4 tokens, all 24 tokens
+        run = config(3, model={"image_size": (32, 48)}, task={"mask_patch_size": unit})
+        model, batch = lively(run), batch_of(run)
+        model.decoder.get_submodule("0").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+        _, prediction = model(batch.arrays["images"], batch.arrays["hidden"])
+        assert seen.pop()[2:].numel() == kept
+        assert (prediction is None) == (unit >= 8)
+
+
 def test_evaluation_sums_weigh_the_samples() -> None:
     run = config(3)
     task, model, batch = SimMIMTask(run), lively(run), batch_of(run, 4)
@@ -290,9 +334,9 @@ def test_the_prediction_cannot_see_hidden_pixels() -> None:
     images, hidden = batch.arrays["images"], batch.arrays["hidden"]
     pixels_hidden = hidden.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
     with torch.no_grad():
-        prediction = model(images, hidden)[1]
-        without = model(torch.where(pixels_hidden, 0, images), hidden)[1]
-        otherwise = model(torch.where(pixels_hidden, images, 0), hidden)[1]
+        prediction = model(images, hidden, decode_all=True)[1]
+        without = model(torch.where(pixels_hidden, 0, images), hidden, decode_all=True)[1]
+        otherwise = model(torch.where(pixels_hidden, images, 0), hidden, decode_all=True)[1]
     assert torch.equal(prediction, without)
     assert not torch.equal(prediction, otherwise)
 
@@ -319,7 +363,7 @@ def test_each_token_of_the_last_stage_draws_its_own_square_of_pixels() -> None:
     with torch.no_grad():
         model.decoder[0].weight.zero_()
         model.decoder[0].bias.copy_(torch.arange(3 * 64.0))
-        _, prediction = model(batch.arrays["images"], batch.arrays["hidden"])
+        _, prediction = model(batch.arrays["images"], batch.arrays["hidden"], decode_all=True)
     square = torch.arange(3 * 64.0).view(3, 8, 8)  # stride 8: a channel's pixels row by row
     assert torch.equal(prediction[0], square.repeat(1, 4, 4))
 
@@ -419,7 +463,8 @@ def test_a_panel_of_a_perfect_model_reconstructs_the_original() -> None:
     class Perfect(torch.nn.Module):
         """Predicts the normalised pixels."""
 
-        def forward(self, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, images: Tensor, hidden: Tensor, decode_all: bool) -> tuple[Tensor, Tensor]:
+            assert decode_all
             return torch.zeros(len(images)), fresh(run).normalised(images)
 
     picture = np.asarray(SimMIMTask(run).panel(Perfect(), batch, ""))
