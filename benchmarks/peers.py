@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from harness import MIB, Times, apart, in_turns, kept_bytes, peak_over_base, print_header, print_table
-from machine import describe_machine, describe_versions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -239,7 +238,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.case:
-        kind, setting, *contender = arguments.case
+        _, setting, *contender = arguments.case
         measured = measure_memory(SETTINGS[setting], *contender, arguments) if contender else None
         print(json.dumps(measured or measure_times(SETTINGS[setting], arguments)))
         return
