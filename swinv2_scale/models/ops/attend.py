@@ -16,6 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from swinv2_scale.errors import ConfigError
 from swinv2_scale.models.ops import torch_attention
 from swinv2_scale.models.tiles import Tiling
 
@@ -41,10 +42,25 @@ def resolve(backend: str, max_score_bytes: int) -> Attend:
 
     Raises:
         KeyError: unknown name (the configuration has refused it before).
+        ConfigError: ``triton``, where Triton isn't installed.
     """
+    if backend == "triton":
+        return _triton()
     backends: dict[str, Attend] = {
         "eager": torch_attention.eager,
         "sequential": partial(torch_attention.sequential, max_score_bytes=max_score_bytes),
         "sdpa": torch_attention.sdpa,
     }
     return backends[backend]
+
+
+def _triton() -> Attend:
+    """Imported here: torch comes without Triton for CPUs and beyond Linux."""
+    try:
+        from swinv2_scale.models.ops import triton_attention
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        message = "attention backend triton: Triton isn't installed here (torch for GPUs brings it, on Linux)"
+        raise ConfigError(message, "install torch for your GPU, or set model.attention.backend to another one") from error
+    return triton_attention.attend
