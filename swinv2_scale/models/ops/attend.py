@@ -62,5 +62,7 @@ def _triton() -> Attend:
         if (error.name or "").partition(".")[0] != "triton":
             raise
         message = "attention backend triton: Triton isn't installed here (torch for GPUs brings it, on Linux)"
-        raise ConfigError(message, "install torch for your GPU, or set model.attention.backend to another one") from error
+        raise ConfigError(
+            message, "install torch for your GPU, or set model.attention.backend to another one"
+        ) from error
     return triton_attention.attend

@@ -32,7 +32,7 @@ from swinv2_scale.models.ops.triton_launches import Launch, Launches, launches_f
 from swinv2_scale.models.tiles import Tiling
 
 LARGEST_HEAD_DIM = 128
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
+TYPES = (torch.float32, torch.bfloat16)
 
 
 def attend(
@@ -41,7 +41,7 @@ def attend(
     """See the contract in attend.py. ``launches``: others than the table's, for all shapes of tile.
 
     Raises:
-        ConfigError: a CPU (outside Triton's interpreter), another type than float32, bfloat16, float16, a head_dim
+        ConfigError: a CPU (outside Triton's interpreter), another type than float32 and bfloat16, a head_dim
             above 128, or more than 2**31 numbers for one image.
     """
     _refuse(qkv)
@@ -57,7 +57,7 @@ def _refuse(qkv: Tensor) -> None:
     if qkv.device.type == "cpu" and not kernels.INTERPRETED.value:
         problem = "the model is on a CPU, and Triton's kernels run on GPUs"
     elif qkv.dtype not in TYPES:
-        problem = f"it is given {qkv.dtype}, and takes float32, bfloat16 and float16"
+        problem = f"it is given {qkv.dtype}, and takes float32 and bfloat16"
     elif qkv.shape[-1] > LARGEST_HEAD_DIM:
         problem = f"a head has {qkv.shape[-1]} channels, and it takes up to {LARGEST_HEAD_DIM}"
     elif math.prod(qkv.shape[1:]) >= 2**31:
@@ -212,16 +212,14 @@ def _backward(
             tiles = batch * group.num_tiles
             # First: it also corrects delta, which the others read.
             launch = chosen.query_gradient.within(group.num_tokens)
-            shares = scale.new_empty(tiles * triton.cdiv(group.num_tokens, launch.block_m), heads)
-            kernels.query_gradient[(shares.numel(),)](
-                *(*read, out, dout, lse, delta, dqkv, shares), *group.sizes(qkv), **_constants(launch, group, dim)
+            kernels.query_gradient[(triton.cdiv(group.num_tokens, launch.block_m) * heads * tiles,)](
+                *(*read, out, dout, lse, delta, dqkv), *group.sizes(qkv), **_constants(launch, group, dim)
             )
-            dscale += shares.sum(0)
             launch = chosen.key_gradient.within(group.num_tokens)
-            kernels.key_gradient[(tiles * triton.cdiv(group.num_tokens, launch.block_n) * heads,)](
+            kernels.key_gradient[(triton.cdiv(group.num_tokens, launch.block_n) * heads * tiles,)](
                 *(*read, dout, lse, delta, dqkv), *group.sizes(qkv), **_constants(launch, group, dim)
             )
-            _add_table_gradient(dtable, (*read, dout, lse, delta), group, chosen)
+            _add_score_gradients(dscale, dtable, (*read, dout, lse, delta), group, chosen)
     return dqkv, dscale.to(logit_scale.dtype), dtable.to(bias_table.dtype)
 
 
@@ -255,8 +253,10 @@ def _differentiate(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _add_table_gradient(dtable: Tensor, read: tuple[Tensor, ...], group: _Tiles, launches: Launches) -> None:
-    """dtable (N, ..) += dS summed over images, tiles, and pairs of tokens of one offset.
+def _add_score_gradients(
+    dscale: Tensor, dtable: Tensor, read: tuple[Tensor, ...], group: _Tiles, launches: Launches
+) -> None:
+    """dtable (N, ..) += dS, summed over images, tiles, and pairs of tokens of one offset; dscale (N,) += dS * cos.
 
     Two kernels: dS summed over what shares its table entries, into blocks; the blocks along their diagonals. As many
     blocks, over classes and heads, at once as ``max_scratch_bytes`` holds.
@@ -270,19 +270,21 @@ def _add_table_gradient(dtable: Tensor, read: tuple[Tensor, ...], group: _Tiles,
     columns = (2 * height - 1) * (2 * breadth - 1)
     block_c = min(64, _width(columns))
     sizes = group.sizes(qkv)
-    size = (cut.num_parts, cut.heads_at_once, cut.classes_at_once, launch.block_m, launch.block_n)
-    scratch = dtable.new_empty(math.prod(size))
+    num_blocks = cut.num_parts * cut.heads_at_once * cut.classes_at_once
+    blocks = dtable.new_empty(num_blocks * launch.block_m * launch.block_n)
     for first_head in range(0, heads, cut.heads_at_once):
         num_heads = min(cut.heads_at_once, heads - first_head)
         for first_class in range(0, cut.num_classes, cut.classes_at_once):
             num_classes = min(cut.classes_at_once, cut.num_classes - first_class)
             apart = (cut.rows_apart, cut.columns_apart, first_class, num_classes)
-            kernels.table_blocks[(num_classes * num_heads * cut.num_parts,)](
-                *(*read, scratch, *sizes, qkv.shape[0], cut.share, first_head, num_heads, *apart),
+            shares = dscale.new_empty(cut.num_parts, num_heads, num_classes)
+            kernels.table_blocks[(shares.numel(),)](
+                *(*read, blocks, shares, *sizes, qkv.shape[0], cut.share, first_head, num_heads, *apart),
                 **_constants(launch, group, qkv.shape[4]),
             )
+            dscale[first_head : first_head + num_heads] += shares.sum((0, 2))
             kernels.table_sum[(triton.cdiv(columns, block_c), 2 * slabs - 1, num_heads)](
-                *(scratch, dtable, tokens, slabs, height, breadth, sizes[-1], stride0, stride1, group.centre),
+                *(blocks, dtable, tokens, slabs, height, breadth, sizes[-1], stride0, stride1, group.centre),
                 *(cut.num_parts, first_head, num_heads, *apart),
                 **{"block_m": launch.block_m, "block_n": launch.block_n, "block_x": 16, "block_c": block_c},
                 enable_fp_fusion=True,

@@ -106,9 +106,7 @@ def entries_at(base, at):
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
-def inverse_norms(
-    qkv, order, rq, rk, length, heads, dim: tl.constexpr, width: tl.constexpr, block: tl.constexpr
-):
+def inverse_norms(qkv, order, rq, rk, length, heads, dim: tl.constexpr, width: tl.constexpr, block: tl.constexpr):
     """rq, rk (B, N, L) float32 = 1/|q|, 1/|k|; 0 for a zero vector. Grid (blocks of positions, N, B)."""
     head = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
@@ -164,22 +162,24 @@ def forward(
         total = total * shrink + tl.sum(p, 1)
         mean = dot(narrow(p, v.dtype), v, mean * shrink[:, None])
         largest = larger
-    store_rows(out + (image * length * heads + head) * dim, token_i, heads * dim, mean / total[:, None], is_query, dim, width)
+    store_rows(
+        out + (image * length * heads + head) * dim, token_i, heads * dim, mean / total[:, None], is_query, dim, width
+    )
     tl.store(lse + at + i, largest + tl.log2(total), mask=is_query)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient(
-    qkv, order, code, rq, rk, scale, table, out, dout, lse, delta, dqkv, dscale,
+    qkv, order, code, rq, rk, scale, table, out, dout, lse, delta, dqkv,
     length, heads, tokens, num_tiles, start, centre, entries,
     dim: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, full: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries, its share of dscale (blocks of all tiles, N), and delta (B, N, L) = rowsum(P * dP).
+    """dq of one block of queries, and delta (B, N, L) = rowsum(P * dP) for the kernels that follow.
 
     delta is first taken as out . dout, where ``out`` has been rounded. Rows of dS = P * (dP - delta) sum to zero, so
-    what they sum to is delta's error; left in, it makes the scale's gradient 17 % wrong in bfloat16 (24x24 windows).
+    what they do sum to is delta's error; left in, it makes the scale's gradient 17 % wrong in bfloat16 (24x24 windows).
     """
-    block, head, tile, image, first, at = place(length, heads, tokens, num_tiles, start, block_m)
+    block, head, _, image, first, at = place(length, heads, tokens, num_tiles, start, block_m)
     row = 3 * heads * dim
     qkv += image * length * row + head * dim
     table += head * entries
@@ -191,13 +191,12 @@ def query_gradient(
     do = rows(dout + of_out, token_i, heads * dim, is_query, dim, width, full)
     y = rows(out + of_out, token_i, heads * dim, is_query, dim, width, full)
     delta_i = tl.sum(y.to(tl.float32) * do.to(tl.float32), 1)
+    scale_h = tl.load(scale + head)
     rq_i = vector(rq + at + i, is_query, 0.0, full)
+    rq_log = rq_i * (scale_h * LOG2E)
     lse_i = vector(lse + at + i, is_query, float("inf"), full)  # exp2(-inf) = 0: rows beyond the tile add nothing
     code_i = vector(code + i, is_query, 0, full) + centre
-    scale_h = tl.load(scale + head)
     lost = tl.zeros([block_m], tl.float32)
-    cosine = tl.zeros([block_m], tl.float32)
-    along = tl.zeros([block_m], tl.float32)
     dq = tl.zeros([block_m, width], tl.float32)
     for j0 in range(0, tokens, block_n):
         j = j0 + tl.arange(0, block_n)
@@ -207,21 +206,16 @@ def query_gradient(
         v = rows(qkv + 2 * heads * dim, token_j, row, is_key, dim, width, full)
         rk_j = vector(rk + at + j, is_key, 0.0, full)
         bias = entries_at(table, code_i[:, None] - vector(code + j, is_key, 0, full)[None, :])
-        cos = dot(q, tl.trans(k), None) * rq_i[:, None] * rk_j[None, :]
-        p = tl.exp2(cos * (scale_h * LOG2E) + (bias - lse_i[:, None]))
+        p = tl.exp2(dot(q, tl.trans(k), None) * rq_log[:, None] * rk_j[None, :] + (bias - lse_i[:, None]))
         if not full:
             p = tl.where(is_key[None, :], p, 0.0)
         ds = p * (dot(do, tl.trans(v), None) - delta_i[:, None])
         lost += tl.sum(ds, 1)
-        cosine += tl.sum(p * cos, 1)
-        along += tl.sum(ds * cos, 1)
         dq = dot(narrow(ds * rk_j[None, :], k.dtype), k, dq)
     unit = q.to(tl.float32) * rq_i[:, None]
     dq = (dq - unit * tl.sum(unit * dq, 1)[:, None]) * (rq_i * scale_h)[:, None]
     store_rows(dqkv + image * length * row + head * dim, token_i, row, dq, is_query, dim, width)
     tl.store(delta + at + i, delta_i + lost, mask=is_query)
-    share = tile * tl.cdiv(tokens, block_m) + block
-    tl.store(dscale + share * heads + head, tl.sum(along - lost * cosine, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -242,6 +236,7 @@ def key_gradient(
     k = rows(qkv + heads * dim, token_j, row, is_key, dim, width, full)
     v = rows(qkv + 2 * heads * dim, token_j, row, is_key, dim, width, full)
     rk_j = vector(rk + at + j, is_key, 0.0, full)
+    rk_log = rk_j * LOG2E
     code_j = vector(code + j, is_key, 0, full) - centre
     scale_h = tl.load(scale + head)
     dk = tl.zeros([block_n, width], tl.float32)
@@ -256,7 +251,9 @@ def key_gradient(
         lse_i = vector(lse + at + i, is_query, float("inf"), full)
         delta_i = vector(delta + at + i, is_query, 0.0, full)
         bias = entries_at(table, vector(code + i, is_query, 0, full)[None, :] - code_j[:, None])
-        p = tl.exp2(dot(k, tl.trans(q), None) * (rk_j * LOG2E)[:, None] * rq_i[None, :] + (bias - lse_i[None, :]))
+        p = tl.exp2(dot(k, tl.trans(q), None) * rk_log[:, None] * rq_i[None, :] + (bias - lse_i[None, :]))
+        if not full:
+            p = tl.where(is_key[:, None], p, 0.0)
         dv = dot(narrow(p, do.dtype), do, dv)
         ds = p * (dot(v, tl.trans(do), None) - delta_i[None, :])
         dk = dot(narrow(ds * rq_i[None, :], q.dtype), q, dk)
@@ -269,12 +266,14 @@ def key_gradient(
 
 @triton.jit(do_not_specialize=(*SIZES, "num_images", "share", *CLASSES))
 def table_blocks(
-    qkv, order, code, rq, rk, scale, table, dout, lse, delta, blocks,
+    qkv, order, code, rq, rk, scale, table, dout, lse, delta, blocks, shares,
     length, heads, tokens, num_tiles, start, centre, entries,
     num_images, share, first_head, num_heads, rows_apart, columns_apart, first_class, num_classes,
     dim: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, full: tl.constexpr,
 ):  # fmt: skip
-    """blocks (parts, num_heads, num_classes, block_m, block_n): dS summed over a class of blocks, and a part of all tiles.
+    """blocks (parts, num_heads, num_classes, block_m, block_n): dS summed over a class of blocks and a part of all tiles.
+
+    And shares (parts, num_heads, num_classes): dS * cos, summed likewise and over the block, for the scale.
 
     Shifting i and j by a common multiple of block_m, block_n and the tokens of one slab (a step along the tile's first
     axis) keeps i - j and moves whole slabs: the table's entries stay the same. So block pairs (r, c) and
@@ -293,12 +292,13 @@ def table_blocks(
     r = tl.where(number < top, number // num_columns, rows_apart + (number - top) // columns_apart)
     c = tl.where(number < top, number % num_columns, (number - top) % columns_apart)
     num_shifts = tl.minimum((num_rows - 1 - r) // rows_apart, (num_columns - 1 - c) // columns_apart) + 1
-    scale_h = tl.load(scale + head) * LOG2E
+    scale_log = tl.load(scale + head) * LOG2E
     # Of the first block; where it hangs over the tile's end there is no second one.
     code_i = tl.load(code + tl.minimum(r * block_m + tl.arange(0, block_m), tokens - 1))
     code_j = tl.load(code + tl.minimum(c * block_n + tl.arange(0, block_n), tokens - 1))
     bias = tl.load(table + head * entries + ((code_i + centre)[:, None] - code_j[None, :]))
     total = tl.zeros([block_m, block_n], tl.float32)
+    along = tl.zeros([block_m], tl.float32)
     row = 3 * heads * dim
     tile = part * share
     image = tile // num_tiles
@@ -319,15 +319,17 @@ def table_blocks(
         k = rows(base + heads * dim, token_j, row, is_key, dim, width, full)
         v = rows(base + 2 * heads * dim, token_j, row, is_key, dim, width, full)
         do = rows(dout + (b * length * heads + head) * dim, token_i, heads * dim, is_query, dim, width, full)
-        rq_i = vector(rq + at + i, is_query, 0.0, full) * scale_h
+        rq_i = vector(rq + at + i, is_query, 0.0, full)
         rk_j = vector(rk + at + j, is_key, 0.0, full)
         lse_i = vector(lse + at + i, is_query, float("inf"), full)
         delta_i = vector(delta + at + i, is_query, 0.0, full)
-        logit = dot(q, tl.trans(k), None) * rq_i[:, None] * rk_j[None, :] + bias
-        p = tl.exp2(logit - lse_i[:, None])
+        cosine = dot(q, tl.trans(k), None) * rq_i[:, None] * rk_j[None, :]
+        p = tl.exp2(cosine * scale_log + bias - lse_i[:, None])
         if not full:
             p = tl.where(is_key[None, :], p, 0.0)
-        total += p * (dot(do, tl.trans(v), None) - delta_i[:, None])
+        ds = p * (dot(do, tl.trans(v), None) - delta_i[:, None])
+        total += ds
+        along += tl.sum(ds * cosine, 1)
         # The next shift, tile, image, without divisions.
         shift += 1
         is_over = (shift == num_shifts).to(tl.int32)
@@ -336,6 +338,7 @@ def table_blocks(
         is_over = (tile == num_tiles).to(tl.int32)
         tile *= 1 - is_over
         image += is_over
+    tl.store(shares + program, tl.sum(along, 0))
     to = blocks + program.to(tl.int64) * (block_m * block_n)
     tl.store(to + tl.arange(0, block_m)[:, None] * block_n + tl.arange(0, block_n)[None, :], total)
 

@@ -52,10 +52,12 @@ class Launches:
 
 
 #: (largest head_dim, bytes of an element, fewest tokens of a tile) -> launches; the first that fits is taken.
+#: Float32 is multiplied without a matrix unit. Beyond 32 channels its gradients spill registers: right, but slow.
 LAUNCHES: tuple[tuple[tuple[int, int, int], Launches], ...] = (
     ((64, 2, 0), Launches(Launch(128, 64, 8, 2), Launch(64, 64, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 3))),
-    ((128, 2, 0), Launches(Launch(64, 64, 4, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2))),
-    ((128, 4, 0), Launches(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1))),
+    ((128, 2, 0), Launches(Launch(64, 64, 4, 2), Launch(64, 64, 8, 2), Launch(32, 64, 8, 2), Launch(64, 64, 8, 2))),
+    ((32, 4, 0), Launches(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1))),
+    ((128, 4, 0), Launches(Launch(32, 32, 8, 1), Launch(16, 16, 4, 1), Launch(16, 16, 4, 1), Launch(32, 32, 4, 1))),
 )
 
 
