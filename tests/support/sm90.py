@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from swinv2_scale.models.ops import triton_kernels
-from swinv2_scale.models.ops.triton_launches import Launch
+from swinv2_scale.models.ops.triton_launches import Launch, block_length
 
 #: What a pointer points to; the other arguments that are no constants are int32.
 OF_QKVS_TYPE = {"qkv", "out", "dout", "dqkv"}
@@ -35,8 +35,8 @@ class Compiled:
 def compile_kernel(name: str, launch: Launch, head_dim: int, dtype: str, full: bool) -> Compiled:
     """``dtype`` is bf16, fp16 or fp32."""
     kernel = getattr(triton_kernels, name)
-    width = max(16, triton.next_power_of_2(head_dim))
-    constants: dict[str, Any] = {"dim": head_dim, "width": width, "block_m": launch.block_m, "block_n": launch.block_n}
+    constants: dict[str, Any] = {"dim": head_dim, "width": block_length(head_dim)}
+    constants |= {"block_m": launch.block_m, "block_n": launch.block_n}
     constants |= {"full": full, "block": 64, "block_x": 16, "block_c": 64}
     signature, values, attributes = {}, {}, {}
     for number, argument in enumerate(kernel.arg_names):

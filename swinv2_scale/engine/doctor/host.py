@@ -21,7 +21,7 @@ from swinv2_scale.engine.doctor.findings import Finding, of_error, problem, size
 from swinv2_scale.engine.doctor.storage import checkpoint_bytes
 from swinv2_scale.engine.job import TASKS, check_cluster
 from swinv2_scale.engine.resume import plain, versions
-from swinv2_scale.errors import ClusterError
+from swinv2_scale.errors import ClusterError, ConfigError
 from swinv2_scale.launchers.place import find
 from swinv2_scale.launchers.processes import own_launcher
 from swinv2_scale.models.ops.attend import resolve
@@ -118,7 +118,7 @@ def _attention_backends() -> list[str]:
         table = torch.zeros(1, 3, 3, device=device, requires_grad=True)
         try:
             resolve(name, 2**20)(qkv, torch.ones(1, device=device), table, tiles).sum().backward()  # type: ignore[no-untyped-call]
-        except RuntimeError:
+        except (RuntimeError, ConfigError):  # no kernel for it; it isn't built
             continue
         usable.append(name)
     return usable

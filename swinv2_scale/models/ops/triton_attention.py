@@ -7,8 +7,8 @@ same launches, same bits.
 It has never run on a GPU. It has run in Triton's interpreter (tests/support/triton_cases.py), against brute force, and
 is compiled for sm_90 by a test. So ``auto`` doesn't choose it, and its launches (triton_launches.py) are not tuned.
 
-Operands are rounded to qkv's type where a matrix unit wants it: weights before they meet v, and dS before it meets q and
-k (docs/numerics.md). q and k shorter than 2**-62 count as zero.
+Operands are rounded to qkv's type where a matrix unit wants it: weights before they meet v, and dS before it meets q
+and k (docs/numerics.md). q and k shorter than 2**-62 count as zero.
 
 Letters: B images, L tokens of one map, N heads, D head_dim, n tokens of a tile.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 from swinv2_scale.errors import ConfigError
 from swinv2_scale.geometry import Size
 from swinv2_scale.models.ops import triton_kernels as kernels
-from swinv2_scale.models.ops.triton_launches import Launch, Launches, launches_for
+from swinv2_scale.models.ops.triton_launches import Launch, Launches, block_length, launches_for
 from swinv2_scale.models.tiles import Tiling
 
 LARGEST_HEAD_DIM = 128
@@ -128,7 +128,7 @@ def _constants(launch: Launch, group: _Tiles, head_dim: int) -> dict[str, Any]:
     """What a kernel is compiled for."""
     return {
         "dim": head_dim,
-        "width": _width(head_dim),
+        "width": block_length(head_dim),
         "block_m": launch.block_m,
         "block_n": launch.block_n,
         "full": group.is_full(launch),
@@ -141,16 +141,12 @@ def _options(launch: Launch) -> dict[str, Any]:
     return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
 
 
-def _width(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
-
-
 def _inverse_norms(qkv: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """1/|q| and 1/|k|, (B, N, L) float32 by position; computed again in backward, which is cheaper than to keep them."""
+    """1/|q| and 1/|k|, (B, N, L) float32 by position; computed again in backward rather than kept."""
     batch, length, _, heads, dim = qkv.shape
     rq, rk = (torch.empty(batch, heads, length, dtype=torch.float32, device=qkv.device) for _ in range(2))
     kernels.inverse_norms[(triton.cdiv(length, 64), heads, batch)](
-        qkv, order, rq, rk, length, heads, dim=dim, width=_width(dim), block=64
+        qkv, order, rq, rk, length, heads, dim=dim, width=block_length(dim), block=64
     )
     return rq, rk
 
@@ -161,10 +157,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, N, D) by token and lse (B, N, L) by position."""
     qkv = qkv.contiguous()
-    batch, length, _, heads, dim = qkv.shape
+    batch, _, _, heads, dim = qkv.shape
     out, lse = _forward_shapes(qkv, logit_scale, bias_table, order, shapes, launches)
     scale, table = logit_scale.float().contiguous(), (bias_table.float() * kernels.LOG2E.value).contiguous()
-    with torch.cuda.device_of(qkv):
+    with torch.cuda.device_of(qkv):  # type: ignore[no-untyped-call]
         rq, rk = _inverse_norms(qkv, order)
         for group in _groups(shapes, bias_table):
             launch = _launches(launches, qkv, group.num_tokens).forward.within(group.num_tokens)
@@ -203,7 +199,7 @@ def _backward(
     dqkv, dscale, dtable, delta = map(torch.empty_like, (qkv, scale, table, lse))
     dscale.zero_()
     dtable.zero_()
-    with torch.cuda.device_of(qkv):
+    with torch.cuda.device_of(qkv):  # type: ignore[no-untyped-call]
         rq, rk = _inverse_norms(qkv, order)
         for group in _groups(shapes, bias_table):
             chosen = _launches(launches, qkv, group.num_tokens)
@@ -268,7 +264,7 @@ def _add_score_gradients(
     cut = TableCut.of(tokens, slabs, qkv.shape[0] * group.num_tiles, heads, launch, launches)
     stride0, stride1, _ = (*group.strides, 1, 1)[:3]
     columns = (2 * height - 1) * (2 * breadth - 1)
-    block_c = min(64, _width(columns))
+    block_c = min(64, block_length(columns))
     sizes = group.sizes(qkv)
     num_blocks = cut.num_parts * cut.heads_at_once * cut.classes_at_once
     blocks = dtable.new_empty(num_blocks * launch.block_m * launch.block_n)
@@ -286,7 +282,10 @@ def _add_score_gradients(
             kernels.table_sum[(triton.cdiv(columns, block_c), 2 * slabs - 1, num_heads)](
                 *(blocks, dtable, tokens, slabs, height, breadth, sizes[-1], stride0, stride1, group.centre),
                 *(cut.num_parts, first_head, num_heads, *apart),
-                **{"block_m": launch.block_m, "block_n": launch.block_n, "block_x": 16, "block_c": block_c},
+                block_m=launch.block_m,
+                block_n=launch.block_n,
+                block_x=16,
+                block_c=block_c,
                 enable_fp_fusion=True,
             )
 

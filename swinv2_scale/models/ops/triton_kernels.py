@@ -15,7 +15,7 @@ number is written by one program, in an order of its sums that the launch alone 
 Sizes are arguments that Triton compiles nothing for; a kernel is compiled for a head_dim, a type, its blocks, and
 ``full``: whether blocks divide the tile. ``width`` is D padded to a power of two, ``row`` the distance of two tokens.
 """
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 import torch
 import triton
@@ -36,14 +36,14 @@ CLASSES = ("first_head", "num_heads", "rows_apart", "columns_apart", "first_clas
 
 @triton.jit
 def place(length, heads, tokens, num_tiles, start, block: tl.constexpr):
-    """Of this program: its block of a tile, head, number over images and tiles, image, first position, per-token place."""
+    """A program's block of its tile, head, image, the tile's first position, its place in what lies by position."""
     program = tl.program_id(0)
     num_blocks = tl.cdiv(tokens, block)
     head = (program // num_blocks) % heads
     tile = program // num_blocks // heads
     image = (tile // num_tiles).to(tl.int64)
     first = start + tile % num_tiles * tokens
-    return program % num_blocks, head, tile, image, first, (image * heads + head) * length + first
+    return program % num_blocks, head, image, first, (image * heads + head) * length + first
 
 
 @triton.jit
@@ -131,8 +131,8 @@ def forward(
     length, heads, tokens, num_tiles, start, centre, entries,
     dim: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, full: tl.constexpr,
 ):  # fmt: skip
-    """out (B, L, N, D) and lse (B, N, L) of one block of queries against all keys of its tile, with a running maximum."""
-    block, head, _, image, first, at = place(length, heads, tokens, num_tiles, start, block_m)
+    """out (B, L, N, D) and lse (B, N, L) of a block of queries against all keys of its tile, with a running maximum."""
+    block, head, image, first, at = place(length, heads, tokens, num_tiles, start, block_m)
     row = 3 * heads * dim
     qkv += image * length * row + head * dim
     table += head * entries
@@ -174,12 +174,12 @@ def query_gradient(
     length, heads, tokens, num_tiles, start, centre, entries,
     dim: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, full: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries, and delta (B, N, L) = rowsum(P * dP) for the kernels that follow.
+    """dq of a block of queries, and delta (B, N, L) = rowsum(P * dP) for the kernels that follow.
 
     delta is first taken as out . dout, where ``out`` has been rounded. Rows of dS = P * (dP - delta) sum to zero, so
     what they do sum to is delta's error; left in, it makes the scale's gradient 17 % wrong in bfloat16 (24x24 windows).
     """
-    block, head, _, image, first, at = place(length, heads, tokens, num_tiles, start, block_m)
+    block, head, image, first, at = place(length, heads, tokens, num_tiles, start, block_m)
     row = 3 * heads * dim
     qkv += image * length * row + head * dim
     table += head * entries
@@ -224,8 +224,8 @@ def key_gradient(
     length, heads, tokens, num_tiles, start, centre, entries,
     dim: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, full: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys; scores are held transposed, (keys, queries)."""
-    block, head, _, image, first, at = place(length, heads, tokens, num_tiles, start, block_n)
+    """dk and dv of a block of keys; scores are held transposed, (keys, queries)."""
+    block, head, image, first, at = place(length, heads, tokens, num_tiles, start, block_n)
     row = 3 * heads * dim
     qkv += image * length * row + head * dim
     dout += (image * length * heads + head) * dim
@@ -271,7 +271,7 @@ def table_blocks(
     num_images, share, first_head, num_heads, rows_apart, columns_apart, first_class, num_classes,
     dim: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, full: tl.constexpr,
 ):  # fmt: skip
-    """blocks (parts, num_heads, num_classes, block_m, block_n): dS summed over a class of blocks and a part of all tiles.
+    """blocks (parts, num_heads, num_classes, block_m, block_n): dS, summed over a class of blocks and a part of tiles.
 
     And shares (parts, num_heads, num_classes): dS * cos, summed likewise and over the block, for the scale.
 

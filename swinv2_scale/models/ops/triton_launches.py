@@ -14,6 +14,11 @@ from dataclasses import astuple, dataclass, replace
 NUM_PROGRAMS = 1056
 
 
+def block_length(number: int) -> int:
+    """The power of two that ``number`` fits in, at least 16: what a product of blocks takes."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Launch:
     """Of one kernel."""
@@ -25,7 +30,7 @@ class Launch:
 
     def within(self, num_tokens: int) -> Launch:
         """No block larger than a tile needs."""
-        cap = max(16, 1 << (num_tokens - 1).bit_length())
+        cap = block_length(num_tokens)
         return replace(self, block_m=min(self.block_m, cap), block_n=min(self.block_n, cap))
 
 

@@ -77,7 +77,7 @@ def assert_near(found: list[Tensor], wanted: list[Tensor], tolerance: float = TO
         assert error < (max(tolerance, CANCELLED) if name == "scale grad" else tolerance), f"{name}: {error}"
 
 
-# --- the contract's suite (test_attention.py), in float32 -------------------------------------------------------------
+# the contract's suite (test_attention.py), in float32
 
 
 @pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
@@ -173,7 +173,7 @@ def test_nothing_crosses_a_tile_border_even_at_the_largest_scale() -> None:
     assert (gradient[:, ~elsewhere, 2] != 0).any()
 
 
-# --- what only these kernels have -------------------------------------------------------------------------------------
+# what only these kernels have
 
 
 #: Of a 5x8 tile, 40 tokens: blocks that repeat along the tile, the last one cut off.
@@ -263,7 +263,7 @@ def test_torch_finds_nothing_wrong_with_the_operators() -> None:
     torch.library.opcheck(triton_attention._forward, (*leaves, tiles.order, [1, 2, 3], SMALL.as_numbers()))
 
 
-# --- in models ---------------------------------------------------------------------------------------------------------
+# in models
 
 
 #: Two stages with shifts, remainders and two images.
