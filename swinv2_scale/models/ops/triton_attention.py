@@ -33,6 +33,8 @@ from swinv2_scale.models.tiles import Tiling
 
 LARGEST_HEAD_DIM = 128
 TYPES = (torch.float32, torch.bfloat16)
+#: A product and a sum in one instruction, which rounds once less. Said, as Triton's default is about to change (3.9).
+FUSED = {"enable_fp_fusion": True}
 
 
 def attend(
@@ -132,13 +134,10 @@ def _constants(launch: Launch, group: _Tiles, head_dim: int) -> dict[str, Any]:
         "block_m": launch.block_m,
         "block_n": launch.block_n,
         "full": group.is_full(launch),
-        **_options(launch),
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        **FUSED,
     }
-
-
-def _options(launch: Launch) -> dict[str, Any]:
-    # Fusing a product and a sum into one instruction rounds once less; Triton's default is about to change (3.9).
-    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
 
 
 def _inverse_norms(qkv: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +145,7 @@ def _inverse_norms(qkv: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, _, heads, dim = qkv.shape
     rq, rk = (torch.empty(batch, heads, length, dtype=torch.float32, device=qkv.device) for _ in range(2))
     kernels.inverse_norms[(triton.cdiv(length, 64), heads, batch)](
-        qkv, order, rq, rk, length, heads, dim=dim, width=block_length(dim), block=64
+        qkv, order, rq, rk, length, heads, dim=dim, width=block_length(dim), block=64, **FUSED
     )
     return rq, rk
 
@@ -286,7 +285,7 @@ def _add_score_gradients(
                 block_n=launch.block_n,
                 block_x=16,
                 block_c=block_c,
-                enable_fp_fusion=True,
+                **FUSED,
             )
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from swinv2_scale.errors import ConfigError, ExitCode
 from swinv2_scale.models.ops import triton_attention
@@ -76,6 +79,52 @@ def test_every_launch_of_the_table_compiles_without_spilling(
     found = compile_kernel(kernel, launch, dim, dtype, full)
     assert found.spilled_bytes == 0
     assert found.shared_bytes <= 227 * 2**10
+
+
+class H200:
+    """In the place of Triton's own driver: what is compiled for, of a device that isn't there."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.system
+def test_the_operators_launches_compile_as_they_are_written_and_few_variants_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the launch itself: arguments, their types, constants and options, of every shape of tile."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels: dict[str, set[int]] = {}
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *arguments: object, grid: object, warmup: bool, **options: object) -> None:
+        compiled = run(self, *arguments, grid=grid, warmup=True, **options)
+        kernels.setdefault(self.fn.__name__, set()).add(id(compiled))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", H200())
+    for heads, side, window in ((3, 24, 16), (6, 12, 12)):
+        qkv = torch.randn(2, side**2, 3, heads, 32, dtype=torch.bfloat16)
+        tiles = tiling((side, side), (window, window), True, torch.device("cpu"))
+        given = (qkv, torch.ones(heads), torch.zeros(heads, 2 * window - 1, 2 * window - 1), tiles.order)
+        shapes = [number for group in tiles.groups for number in (group.num_tiles, *group.shape)]
+        out, lse = triton_attention._forward(*given, shapes, [])
+        triton_attention._backward(out, *given, out, lse, shapes, [])
+    # Tiles that blocks divide and others, and the blocks of smaller tiles; not one for every size or number of heads.
+    assert {name: len(variants) for name, variants in kernels.items()} == {
+        "inverse_norms": 1,
+        "forward": 3,
+        "query_gradient": 2,
+        "key_gradient": 2,
+        "table_blocks": 2,
+        "table_sum": 2,
+    }
 
 
 # The table's gradient

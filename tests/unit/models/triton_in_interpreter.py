@@ -51,9 +51,9 @@ SMALL = launches(16, 16)
 
 
 def one_head(inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """One image and the last head of the contract's inputs, for time."""
+    """One image and one head of the contract's inputs, for time."""
     qkv, scale, table = inputs
-    return qkv[:1, :, :, 2:].contiguous(), scale[2:], table[2:].contiguous()
+    return qkv[:1, :, :, 1:2].contiguous(), scale[1:2], table[1:2].contiguous()
 
 
 def of_tile(
@@ -197,7 +197,7 @@ def test_any_blocks_give_the_same_numbers(cut: str) -> None:
     assert_near(found, with_gradients(partial(eager, tiles=tiles), widened(inputs)))
 
 
-@pytest.mark.parametrize("shape", [(7, 6), (2, 3, 5), (3, 1, 4), (7,)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 5), (2, 3, 5), (3, 1, 4), (7,)], ids=str)
 def test_any_axes_and_any_remainder(shape: tuple[int, ...]) -> None:
     inputs, tiles = of_tile(shape, 16)
     found = with_gradients(partial(attend, tiles=tiles, launches=SMALL), inputs)
@@ -266,8 +266,8 @@ def test_torch_finds_nothing_wrong_with_the_operators() -> None:
 # in models
 
 
-#: Two stages with shifts, remainders and two images.
-SMALL_MODEL = Case((20, 12), 4, depths=(2, 1), heads=(2, 4), embed_dim=32)
+#: Tiles of two shapes, then of three shifted ones; two heads, two images.
+SMALL_MODEL = Case((20, 12), 4, depths=(2,), heads=(2,), embed_dim=32)
 
 
 def errors_against_the_definition(case: Case, backend: str) -> tuple[float, float]:
