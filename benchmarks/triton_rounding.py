@@ -11,7 +11,6 @@ doesn't correct it, by a formula in float64.
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 from machine import describe_machine, describe_versions
@@ -30,7 +29,7 @@ def main() -> None:
     print("# Rounding of the triton backend, interpreted\n")
     print(f"- machine: {describe_machine()}")
     print(f"- versions: {describe_versions('torch', 'triton', 'numpy')}")
-    print(f"- command: `benchmarks/triton_rounding.py {' '.join(sys.argv[1:])}`\n")
+    print("- command: `python benchmarks/triton_rounding.py`, 1 thread\n")
     heads = ("type", "window", "scale", "backend", *NAMES, "scale's, uncorrected")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for dtype in (torch.float32, torch.bfloat16):

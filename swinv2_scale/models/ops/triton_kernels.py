@@ -177,7 +177,7 @@ def query_gradient(
     """dq of a block of queries, and delta (B, N, L) = rowsum(P * dP) for the kernels that follow.
 
     delta is first taken as out . dout, where ``out`` has been rounded. Rows of dS = P * (dP - delta) sum to zero, so
-    what they do sum to is delta's error; left in, it makes the scale's gradient 17 % wrong in bfloat16 (24x24 windows).
+    what they do sum to is delta's error; left in, it makes the scale's gradient 6 % wrong (docs/numerics.md).
     """
     block, head, image, first, at = place(length, heads, tokens, num_tiles, start, block_m)
     row = 3 * heads * dim
