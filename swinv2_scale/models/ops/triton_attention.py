@@ -4,7 +4,7 @@ No tensor of (tiles, heads, n, n) and no expanded bias, in neither direction. Ke
 of every token and head, and the small arguments. Scratch for the table's gradient has a limit. No atomics: same input,
 same launches, same bits.
 
-It has never run on a GPU. It has run in Triton's interpreter (tests/support/triton_cases.py), against brute force, and
+It has never run on a GPU. It has run in Triton's interpreter (tests/unit/models/), against brute force, and
 is compiled for sm_90 by a test. So ``auto`` doesn't choose it, and its launches (triton_launches.py) are not tuned.
 
 Operands are rounded to qkv's type where a matrix unit wants it: weights before they meet v, and dS before it meets q
