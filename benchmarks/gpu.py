@@ -1,9 +1,10 @@
-"""What one GPU does with SimMIM at 192 px: images a second, MFU, and the peak memory of its allocator.
+"""What one GPU does with SimMIM: images a second, MFU, and the peak memory of its allocator.
 
     .venv/bin/python benchmarks/gpu.py > benchmarks/results/gpu_HARDWARE_YYYYMM.md
 
-Tiny, base and giant (configs/stages/), ZeRO 1 and 3, each attention backend, with activation checkpointing and
-without: the configured case of every model first, then the variations. Each case is a process of its own with a time
+Tiny, base and giant at 192 px (configs/stages/), ZeRO 1 and 3, each attention backend, with activation checkpointing
+and without: the configured case of every model first, then the giant with large micro-batches, and at 1536 px with
+window 48, then the variations. Each case is a process of its own with a time
 limit; one that fails is a row that says how. After "out of memory" the same case comes again with half the micro-batch.
 Rows are printed as they come, so what a total --budget-s cuts off is the end. Where no wheels can be fetched:
 benchmarks/wheelhouse.sh.
@@ -63,8 +64,8 @@ COLUMNS = (
 )
 #: A model that a CPU trains in seconds, for --smoke.
 SMALL = (
-    *("model.image_size=32", "model.window_size=4", "model.embed_dim=16", "model.depths=[1,1]"),
-    *("model.num_heads=[2,4]", "task.mask_patch_size=8", "task.target_norm_window=0"),
+    *("model.embed_dim=16", "model.depths=[1,1]", "model.num_heads=[2,4]"),
+    *("task.mask_patch_size=8", "task.target_norm_window=0"),
     *("data.global_batch_size=2", "data.micro_batch_size=2"),
     *("engine.reduce_bucket_elements=1_000_000", "engine.prefetch_bucket_elements=10_000"),
 )
@@ -80,10 +81,13 @@ class Case:
     checkpointing: str = "torch"
     micro_batch: int = 0  # 0: the configuration's own
     is_small: bool = False
+    side: int = 192
+    window: int = 12
 
     @property
     def overrides(self) -> list[str]:
         found = [f"engine.zero_stage={self.zero_stage}"]
+        found += [f"model.image_size={self.side}", f"model.window_size={self.window}"]
         found.append(f"engine.activation_checkpointing.backend={self.checkpointing}")
         if self.attention != CONFIGURED or self.is_small:
             found.append(f"model.attention.backend={'eager' if self.is_small else self.attention}")
@@ -98,13 +102,16 @@ class Case:
 
 
 #: Its micro-batch is an override, which an override on the command line replaces.
-SMOKE = Case("tiny", 3, is_small=True)
+SMOKE = Case("tiny", 3, is_small=True, side=32, window=4)
 
 
 def cases(models: list[str]) -> list[Case]:
     """What matters most comes first."""
     configured = [Case(model, stage) for model in models for stage in (1, 3)]
-    backends = (CONFIGURED, "eager", "sequential", "sdpa")
+    if "giant" in models:
+        configured += [Case("giant", 1, "triton", how, size) for how, size in (("torch", 128), ("none", 64))]
+        configured += [Case("giant", 1, name, micro_batch=1, side=1536, window=48) for name in ("triton", CONFIGURED)]
+    backends = (CONFIGURED, "triton", "eager", "sequential", "sdpa")
     variations = [
         Case(model, stage, attention, checkpointing)
         for stage in (1, 3)
@@ -124,7 +131,7 @@ def main() -> None:
         print(json.dumps(measure(Case(**json.loads(arguments.case)), arguments.steps, arguments.overrides)))
         return
     gpu = describe_gpu()
-    print("# SimMIM at 192 px on one device\n" if not arguments.smoke else "# Smoke test, no benchmark\n")
+    print("# SimMIM on one device\n" if not arguments.smoke else "# Smoke test, no benchmark\n")
     print(f"- machine: {describe_machine(gpu)}")
     print(
         f"- versions: {describe_versions('torch', 'deepspeed')}, CUDA or HIP {torch.version.cuda or torch.version.hip}"
@@ -192,7 +199,8 @@ def in_process(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def row(case: Case, result: dict[str, Any], peak_tflops: float | None) -> str:
     size = result.get("micro_batch") or case.micro_batch or "configured"
-    names = f"| {case.model} | {case.zero_stage} | {case.attention} | {case.checkpointing} | {size} "
+    model = f"{case.model} {case.side}/{case.window}"
+    names = f"| {model} | {case.zero_stage} | {case.attention} | {case.checkpointing} | {size} "
     if "failed" in result:
         return f"{names}| {result['failed']} | | | | | |"
     peak = peak_tflops or known_peak(result["device"])

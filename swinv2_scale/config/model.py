@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from swinv2_scale import geometry
 
-AttentionBackend = Literal["auto", "eager", "sequential", "sdpa", "fused"]
+AttentionBackend = Literal["auto", "eager", "sequential", "sdpa", "fused", "triton"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

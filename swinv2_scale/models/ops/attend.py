@@ -44,10 +44,12 @@ def resolve(backend: str, max_score_bytes: int) -> Attend:
 
     Raises:
         KeyError: unknown name (the configuration has refused it before).
-        ConfigError: ``fused`` is asked for and not there.
+        ConfigError: ``fused`` or ``triton`` is asked for and not there.
     """
     if backend == "auto":
         backend = choose()
+    if backend == "triton":
+        return _triton()
     if backend == "fused":
         fused.load()
     backends: dict[str, Attend] = {
@@ -78,3 +80,17 @@ def choose() -> Literal["eager", "fused"]:
         return "eager"
     log().info("attention: auto takes fused (%s)", name)
     return "fused"
+
+
+def _triton() -> Attend:
+    """Imported here: torch comes without Triton for CPUs and beyond Linux."""
+    try:
+        from swinv2_scale.models.ops import triton_attention
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        message = "attention backend triton: Triton isn't installed here (torch for GPUs brings it, on Linux)"
+        raise ConfigError(
+            message, "install torch for your GPU, or set model.attention.backend to another one"
+        ) from error
+    return triton_attention.attend
