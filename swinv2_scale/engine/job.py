@@ -39,7 +39,7 @@ from swinv2_scale.engine.preemption import StopRequest, end_of_slurm_job
 from swinv2_scale.engine.resume import Resume, facts_of, find_checkpoint, plain, read_state, versions
 from swinv2_scale.engine.run_dir import RunDirectory
 from swinv2_scale.engine.saving import Saver
-from swinv2_scale.engine.start import begin_again, first_values, settle, settle_attention
+from swinv2_scale.engine.start import begin_again, first_values, settle, settle_execution
 from swinv2_scale.engine.step import TrainState
 from swinv2_scale.engine.swap_files import SwapFolder
 from swinv2_scale.engine.watchdog import Watchdog
@@ -93,7 +93,7 @@ def run_job(loaded: LoadedConfig, options: JobOptions) -> ExitCode:
         dist.start(cluster.timeout_s)
         with dist.peers_may_be_lost("training", watchdog.who_is_missing):
             watchdog.start()
-            loaded = settle_attention(loaded)
+            loaded = settle_execution(loaded)
             check_ranks_agree(loaded.config, options)
             code = _run(loaded, options, directory, stop_request, watchdog)
             dist.barrier()

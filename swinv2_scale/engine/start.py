@@ -18,6 +18,7 @@ from swinv2_scale.engine import checkpoint, zero
 from swinv2_scale.engine.consolidate import SavedTensors
 from swinv2_scale.engine.run_dir import is_run_or_checkpoint
 from swinv2_scale.errors import CheckpointError, ConfigError
+from swinv2_scale.models import linear
 from swinv2_scale.models.initialise import INITIAL_STD, initial_values
 from swinv2_scale.models.ops import attend
 from swinv2_scale.tasks.base import Task
@@ -89,29 +90,31 @@ def _facts(found: checkpoint.Checkpoint) -> Facts:
         raise CheckpointError(f"{found.path} doesn't say what its model is: {error!r}", _OTHER) from None
 
 
-def settle_attention(loaded: LoadedConfig) -> LoadedConfig:
-    """Which backends ``auto`` means here, spelled out, so that a checkpoint says it and a resumed run what changed.
+def settle_execution(loaded: LoadedConfig) -> LoadedConfig:
+    """What ``auto`` means here, spelled out, so that a checkpoint says it and a resumed run what changed.
 
-    Called by all ranks.
+    Called by all ranks, which then compare their configurations.
 
     Raises:
-        ConfigError: on every rank, if a backend that is asked for isn't there.
+        ConfigError: on every rank, if a backend or library that is asked for isn't there.
     """
-    attention = loaded.config.model.attention
+    model = loaded.config.model
 
-    def look() -> tuple[AttentionBackend, ...]:
+    def look() -> tuple[tuple[AttentionBackend, ...], linear.Library]:
         found: tuple[AttentionBackend, ...] = tuple(
-            attend.choose() if name == "auto" else name for name in loaded.config.model.stage_backends
+            attend.choose() if name == "auto" else name for name in model.stage_backends
         )
         for name in set(found):
-            attend.resolve(name, attention.max_score_bytes)
-        return found
+            attend.resolve(name, model.attention.max_score_bytes)
+        return found, linear.resolve(model.linear)
 
-    found = dist.all_agree(look, "loading the attention")
-    if "auto" not in loaded.config.model.stage_backends:
-        return loaded
-    backend = found if isinstance(attention.backend, tuple) else found[0]
-    return loaded.with_value(("model", "attention", "backend"), backend, "auto, on this machine")
+    backends, library = dist.all_agree(look, "looking for what computes attention and Linears")
+    if "auto" in model.stage_backends:
+        backend = backends if isinstance(model.attention.backend, tuple) else backends[0]
+        loaded = loaded.with_value(("model", "attention", "backend"), backend, "auto, on this machine")
+    if model.linear == "auto":
+        loaded = loaded.with_value(("model", "linear"), library, "auto, on this machine")
+    return loaded
 
 
 def settle(loaded: LoadedConfig, make_task: Callable[[RunConfig], Task]) -> tuple[LoadedConfig, Loading | None]:

@@ -14,7 +14,7 @@ import torch
 from swinv2_scale import dist
 from swinv2_scale.cli.main import main
 from swinv2_scale.config.loader import load_config
-from swinv2_scale.engine.start import settle_attention
+from swinv2_scale.engine.start import settle_execution
 from swinv2_scale.errors import ClusterError, ConfigError
 from swinv2_scale.models.ops import attend, build, fused
 from tests.support.small_run import write_config
@@ -153,7 +153,7 @@ def test_a_job_spells_out_what_auto_is(empty: Path, given: str) -> None:
     loaded = load_config(path, [f"model.attention.backend={given}", "model.attention.max_score_bytes=77"])
     dist.start(30)
     try:
-        settled = settle_attention(loaded)
+        settled = settle_execution(loaded)
     finally:
         dist.stop()
     taken = attend.choose()
