@@ -38,7 +38,9 @@ def results(attend: Attend, given: tuple[Tensor, ...], tiles: Tiling) -> list[Te
 
 def main() -> None:
     torch.set_num_threads(1)
-    backends: dict[str, tuple[Attend, str]] = {name: (resolve(name, 2**20), "") for name in ("eager", "sequential", "sdpa")}
+    backends: dict[str, tuple[Attend, str]] = {
+        name: (resolve(name, 2**20), "") for name in ("eager", "sequential", "sdpa")
+    }
     resolve("fused", 1)
     for kernels in torch.ops.swinv2_scale.usable_kernels():
         backends[f"fused {kernels}"] = (fused.fused, kernels)
