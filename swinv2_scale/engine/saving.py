@@ -173,15 +173,23 @@ class Saver:
         # The hasher isn't shut down: a write on its way may still need it; its thread ends with the process.
 
     def _write(self, part: Path, files: list[tuple[str, _Write]]) -> list[FileRecord]:
-        try:
+        torch.serialization.set_crc32_options(False)  # manifests have SHA-256; a third of the time
+        with self._fenced():
             part.mkdir(exist_ok=True)
+            return [self._write_file(part / name, write) for name, write in files]
+
+    @contextmanager
+    def _fenced(self) -> Iterator[None]:
+        """A later life of the run has deleted this one's staging folder, before a write or in the middle of it."""
+        try:
+            yield
         except FileNotFoundError as error:
+            if self._staging.exists():
+                raise
             raise OutputError(
                 f"{self.folder.parent} was taken over by a later job: {self._staging.name} is gone",
                 "let that job go on (RUN/lives.jsonl names it), or stop it and start this one again",
             ) from error
-        torch.serialization.set_crc32_options(False)  # manifests have SHA-256; a third of the time
-        return [self._write_file(part / name, write) for name, write in files]
 
     def _write_file(self, path: Path, write: _Write) -> FileRecord:
         raw = _HashedFile(path, self._hasher, lambda: self._is_abandoned)
@@ -195,13 +203,14 @@ class Saver:
 
     def _publish(self, save: _Save, records: list[FileRecord]) -> None:
         loss, score = (save.validation.loss, save.validation.score) if save.validation else (None, None)
-        text = manifest_text(save.step, dist.world_size(), records, loss, score)
-        self._write_file(save.part / MANIFEST, partial(_write_bytes, data=text.encode()))
-        sync_folder(save.part)
-        if save.target.exists():  # a damaged one of this step, from a life before a fall-back
-            save.target.rename(self._staging / f"old-{save.target.name}")
-        save.part.rename(save.target)
-        sync_folder(self.folder)
+        with self._fenced():
+            text = manifest_text(save.step, dist.world_size(), records, loss, score)
+            self._write_file(save.part / MANIFEST, partial(_write_bytes, data=text.encode()))
+            sync_folder(save.part)
+            if save.target.exists():  # a damaged one of this step, from a life before a fall-back
+                save.target.rename(self._staging / f"old-{save.target.name}")
+            save.part.rename(save.target)
+            sync_folder(self.folder)
         shutil.rmtree(self._staging / f"old-{save.target.name}", ignore_errors=True)
         self._whole.add(save.target)  # hashed on its way to the disk; the ones before are read back now
         retention.prune(self.folder, save.step, self._policy, self._is_whole)

@@ -39,13 +39,14 @@ def training_flops(config: RunConfig) -> int:
 
 
 def recomputed_flops(config: RunConfig) -> int:
-    """What activation checkpointing computes again, and ``sequential`` attention."""
+    """What activation checkpointing computes again, and attention that keeps no scores."""
     model = config.model
     again = forward_flops(config) if config.engine.activation_checkpointing.backend != "none" else 0
     for stage, dim in enumerate(model.stage_dims):
-        if model.stage_backends[stage] == "sequential":
-            for block in range(model.depths[stage]):
-                again += 4 * dim * attention_pairs(model.stage_maps[stage], model.window_shape, block % 2 == 1)
+        # ``sequential`` computes attention again, ``fused`` the scores alone.
+        for_each_pair = {"sequential": 4 * dim, "fused": 2 * dim}.get(model.stage_backends[stage], 0)
+        for block in range(model.depths[stage] if for_each_pair else 0):
+            again += for_each_pair * attention_pairs(model.stage_maps[stage], model.window_shape, block % 2 == 1)
     return again
 
 
