@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,27 @@ def test_compiled_blocks_give_the_numbers_of_uncompiled_ones(tmp_path: Path, pre
             assert (gradient - wanted[name]).norm() <= tolerance * wanted[name].norm(), name
         again = gradients(tmp_path, *way, f"engine.activation_checkpointing.backend={checkpointing}")
         assert all(torch.equal(again[name], gradient) for name, gradient in found.items())
+
+
+@pytest.mark.system
+def test_compiled_blocks_hold_no_weights_that_zero_3_takes_away_after_forward(tmp_path: Path) -> None:
+    run = config(tmp_path, "model.depths=[1,1]", "model.linear=onednn")
+    model = SimMIMTask(run).build_model()
+    assert isinstance(model, SimMIM)
+    initialise(model, 0)
+    compilation.apply(model, run)
+    block = model.encoder.layers[0].get_submodule("blocks.0")
+    weights = {name: p for name, p in block.named_parameters() if p.dim() == 2 and "cpb_mlp" not in name}
+    values = {name: p.data.clone() for name, p in weights.items()}
+    gathered = {name: weakref.ref(p.data.untyped_storage()) for name, p in weights.items()}
+    out = block(torch.randn(2, 64, 16, requires_grad=True), (8, 8))
+    for parameter in weights.values():  # as DeepSpeed does it
+        parameter.data = torch.empty(0)
+    assert [name for name, storage in gathered.items() if storage() is not None] == []
+    for name, parameter in weights.items():
+        parameter.data = values[name]
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.shape == values[name].shape for name, p in weights.items())
 
 
 def gradients(folder: Path, *overrides: str) -> dict[str, Tensor]:
