@@ -73,7 +73,7 @@ def test_a_panel_shows_wide_pixels(pixel_type: str) -> None:
     images = (torch.linspace(0, 1, 32 * 32).reshape(1, 1, 32, 32) * largest).numpy().astype(pixel_type)
 
     class Zero(torch.nn.Module):
-        def forward(self, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, images: Tensor, hidden: Tensor, *, decode_all: bool) -> tuple[Tensor, Tensor]:
             return torch.zeros(1), torch.zeros(images.shape)
 
     batch = Batch({"images": torch.from_numpy(images), "hidden": torch.zeros(1, 4, 4, dtype=torch.bool)}, 0)
