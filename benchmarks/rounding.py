@@ -2,7 +2,11 @@
 
     .venv/bin/python benchmarks/rounding.py > benchmarks/results/rounding_HARDWARE_YYYYMM.md
 
+<<<<<<< HEAD
 Normal random queries, keys and values, 32 channels a head, tables of 0 to 16, a map of two shifted windows a side.
+=======
+Normal random queries, keys and values, 32 channels a head, tables of 0 to 16, shifted windows on a map of two a side.
+>>>>>>> h-fused
 Errors are max |found - float64| / max |float64| of one tensor; bf16 inputs are the same numbers for both sides.
 """
 
@@ -55,7 +59,7 @@ def main() -> None:
                 if kernels:
                     torch.ops.swinv2_scale.select_kernels(kernels)
                 errors = [
-                    f"{float((found.double() - exact).abs().max() / exact.abs().max()):.1e}"
+                    f"{float((found.detach().double() - exact.detach()).abs().max() / exact.detach().abs().max()):.1e}"
                     for found, exact in zip(results(attend, given, tiles), true, strict=True)
                 ]
                 rows.append((window, f"{scale:g}", name, *errors))

@@ -735,6 +735,11 @@ def an_interrupted_job_that_leads_outside(place: Place) -> Path:
     return place.root / "src"
 
 
+@attacks({"kernels build": 78, "kernels status": 78}, lambda entry, words: words)
+def a_word_that_commands_a_terminal(place: Place) -> list[object]:
+    return [f"[/red]{ESCAPE}"]
+
+
 @attacks({"models": 0}, lambda entry, words: words)
 def a_folder_full_of_code_to_stand_in(place: Place) -> list[object]:
     for name in ("yaml.py", "rich.py", "sitecustomize.py", "conftest.py", ".env", ".deepspeed_env", "setup.cfg"):

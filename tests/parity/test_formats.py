@@ -119,7 +119,7 @@ def test_the_exported_pretraining_model_reconstructs_what_ours_does(channels: in
     images = torch.randint(0, 256, (2, channels, 32, 32), generator=generator, dtype=torch.uint8)
     hidden = torch.rand(2, 4, 4, generator=generator) < 0.6
     with torch.no_grad():
-        _, prediction = model.double()(images, hidden)
+        _, prediction = model.double()(images, hidden, decode_all=True)
         tokens = hidden.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
         found = theirs(model.normalised(images).double(), bool_masked_pos=tokens).reconstruction
     # Our prediction leaves the model in float32: one rounding of 2**-24.

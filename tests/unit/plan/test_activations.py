@@ -130,6 +130,7 @@ def test_what_is_kept_and_the_most_at_once_are_as_planned(shape, precision, chec
 @pytest.mark.parametrize("shape", CLASSES)
 def test_a_class_head_and_its_loss_take_as_much_as_planned(shape, precision):
     fields = ("data.global_batch_size=64", "model.depths=[2,2]", *CLASSES[shape], f"engine.precision={precision}")
+    fields += ("model.attention.backend=eager",)
     check(load_config(CONFIGS / "quickstart" / "finetune.yaml", [*COLOUR, *fields]).config, "cpu")
 
 
