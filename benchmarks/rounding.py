@@ -2,11 +2,7 @@
 
     .venv/bin/python benchmarks/rounding.py > benchmarks/results/rounding_HARDWARE_YYYYMM.md
 
-<<<<<<< HEAD
-Normal random queries, keys and values, 32 channels a head, tables of 0 to 16, a map of two shifted windows a side.
-=======
 Normal random queries, keys and values, 32 channels a head, tables of 0 to 16, shifted windows on a map of two a side.
->>>>>>> h-fused
 Errors are max |found - float64| / max |float64| of one tensor; bf16 inputs are the same numbers for both sides.
 """
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
-from swinv2_scale.errors import ExitCode
+from swinv2_scale.errors import ExitCode, printable
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -33,7 +33,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(int(ExitCode.BAD_CONFIG))
 
 
