@@ -48,7 +48,7 @@ class AttentionConfig(Section):
     """How window attention is computed; the numbers are the same for every choice, memory and time are not."""
 
     #: One name for all stages, or one for each. ``fused`` is for CPUs, and built by ``swinv2-scale kernels build``;
-    #: ``auto`` takes it where it is there, and says so. Without a GPU it is the fastest and keeps the least.
+    #: ``auto`` takes it where it is there, and says so. ``triton`` is for GPUs, and experimental.
     backend: AttentionBackend | tuple[AttentionBackend, ...] = "eager"
     #: ``sequential`` splits its work until scores and expanded bias of one piece fit in this many bytes.
     max_score_bytes: PositiveInt = 256 * 2**20
