@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 ZERO = "engine.deepspeed_overrides.zero_optimization"
+#: DeepSpeed's own default.
+STAY = "engine.param_persistence_elements=100_000"
 MODELS = {
     "tiny": ("model.image_size=192", "model.window_size=12", "data.micro_batch_size=4", "data.global_batch_size=8"),
     "deep": (
@@ -37,13 +39,13 @@ MODELS = {
 #: (name, ZeRO stage, whether a block's parameters come at once, settings)
 WAYS: tuple[tuple[str, int, bool, tuple[str, ...]], ...] = (
     ("ZeRO-1", 1, False, ()),
-    ("ZeRO-3, module by module", 3, False, ()),
-    ("same, reuse distance 0", 3, False, (f"{ZERO}.stage3_max_reuse_distance=0",)),
-    ("ZeRO-3, whole blocks", 3, True, ()),
-    ("same, reuse distance 0", 3, True, (f"{ZERO}.stage3_max_reuse_distance=0",)),
-    ("same, all small parameters partitioned", 3, True, ("engine.param_persistence_elements=0",)),
-    ("same, up to a million elements stay", 3, True, ("engine.param_persistence_elements=1_000_000",)),
-    ("same, no prefetch", 3, True, ("engine.prefetch_bucket_elements=0",)),
+    ("ZeRO-3, module by module", 3, False, (STAY,)),
+    ("same, reuse distance 0", 3, False, (STAY, f"{ZERO}.stage3_max_reuse_distance=0")),
+    ("same, all small parameters partitioned", 3, False, ()),
+    ("ZeRO-3, whole blocks", 3, True, (STAY,)),
+    ("same, reuse distance 0", 3, True, (STAY, f"{ZERO}.stage3_max_reuse_distance=0")),
+    ("same, all small parameters partitioned", 3, True, ()),
+    ("same, and no prefetch", 3, True, ("engine.prefetch_bucket_elements=0",)),
 )
 CONFIG = """
 model: {{variant: tiny, in_channels: 1}}

@@ -28,7 +28,7 @@ def test_the_giant_stage_on_512_gpus_is_sent_as_this() -> None:
             "overlap_comm": True,
             "reduce_bucket_size": 500_000_000,
             "stage3_prefetch_bucket_size": 100_000_000,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 1_000_000_000,
             "leaf_module": {"classes": ["swinv2_scale.models.block.Block"]},
         },
