@@ -148,9 +148,8 @@ class EngineConfig(Section):
     reduce_bucket_elements: PositiveInt = 500_000_000
     #: ZeRO-3: elements gathered ahead of use; one block of G is 50 million.
     prefetch_bucket_elements: NonNegativeInt = 100_000_000
-    #: ZeRO-3: parameters smaller than this stay on every rank.
-    #: ZeRO-3: parameters of so many elements or fewer stay whole everywhere; each of them is gathered by itself after an
-    #: update. None is the fastest: blocks are brought whole (benchmarks/zero3.py).
+    #: ZeRO-3: parameters smaller than this stay on every rank, where each is gathered by itself after every update.
+    #: None is the fastest, as blocks are brought whole in any case (benchmarks/zero3.py).
     param_persistence_elements: NonNegativeInt = 0
     max_live_elements: NonNegativeInt = 1_000_000_000
     #: Other DeepSpeed settings, for experts; checked key by key, and none that this file already has a key for.
