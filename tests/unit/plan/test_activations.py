@@ -78,15 +78,19 @@ def measured(config: RunConfig, device: str) -> tuple[int, int]:
     height, width = config.model.image_shape
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16_autocast")
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    with LiveMemory([*model.parameters(), *gradients]) as memory, torch.device(device):
+
+    def inputs() -> list[torch.Tensor | None]:
         images = torch.zeros(batch, config.model.in_channels, height, width, dtype=torch.uint8)
         if config.task.name == "simmim":
             unit = config.task.mask_patch_size
-            others = [torch.zeros(batch, height // unit, width // unit, dtype=torch.bool), torch.arange(batch)]
-        else:
-            others = [torch.arange(batch), None, None, None, torch.arange(batch)]
+            return [images, torch.zeros(batch, height // unit, width // unit, dtype=torch.bool), torch.arange(batch)]
+        return [images, torch.arange(batch), None, None, None, torch.arange(batch)]
+
+    with torch.no_grad(), torch.device(device), autocast:
+        model(*inputs())  # the tiles of a map are made once a process, and stay
+    with LiveMemory([*model.parameters(), *gradients]) as memory, torch.device(device):
         with autocast:
-            found = model(images, *others)
+            found = model(*inputs())
             loss = (found[0] if config.task.name == "simmim" else found).mean()
         del found
         kept = memory.bytes
