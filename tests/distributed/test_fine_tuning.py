@@ -22,6 +22,9 @@ from swinv2_scale.weights.api import load_into
 from tests.support.processes import Finished, start
 from tests.support.small_run import metrics, write_config
 
+#: A matter of time alone: `make test` has eight minutes.
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[2]
 SMALL = ("model.depths=[1,2]", "logging.tensorboard=false", "data.num_workers=0", "engine.param_persistence_elements=0")
 #: Everything that is drawn: crops, flips, RandAugment, mixing, erasing, drop path.

@@ -56,6 +56,7 @@ def listed(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.system
 def test_f11_killed_and_resumed_on_another_split_a_run_replaces_the_same_samples(config: Path, tmp_path: Path) -> None:
     allow = ("data.max_quarantined_share=0.03", "optim.total_steps=26")
     whole = pretrain("--config", config, "--run-dir", tmp_path / "whole", *allow, processes=2)

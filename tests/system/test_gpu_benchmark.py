@@ -49,6 +49,7 @@ def test_only_a_gpu_whose_peak_is_known_gets_a_utilization(monkeypatch: pytest.M
     assert [known_peak(name) for name in names] == [312, 989, 989, None, None, None]
 
 
+@pytest.mark.system
 def test_every_part_of_the_attention_s_benchmark_runs_in_triton_s_interpreter(tmp_path: Path) -> None:
     run("--folder", str(tmp_path), "--dry-run", benchmark=BENCHMARK.with_name("gpu_attention.py"))
     found = json.loads((tmp_path / "attention.json").read_text())["rows"]

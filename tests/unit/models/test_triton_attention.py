@@ -40,6 +40,7 @@ def in_interpreter(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
 
 
+@pytest.mark.system
 def test_in_triton_s_interpreter_it_passes_the_contract_s_suite() -> None:
     in_interpreter()
 
