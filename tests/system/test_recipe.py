@@ -11,7 +11,8 @@ from tests.support import launchers
 from tests.support.kills import newest_step
 from tests.support.small_run import LIGHT, metrics, write_config
 
-STEPS, SECOND_STEPS = 3, 12
+#: The supervisor looks at what it was told once a second; the second stage takes several.
+STEPS, SECOND_STEPS = 3, 80
 SETTINGS = (*LIGHT, "checkpoint.every_steps=1000", "evaluation.samples=8", "optim.warmup_steps=1", "data.num_workers=0")
 
 
