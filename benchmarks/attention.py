@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import MIB, Times, apart, in_turns, kept_bytes, peak_over_base, print_header, print_table
+from harness import MIB, Times, apart, in_turns, peak_over_base, print_header, print_table, saved_bytes
 from torch import Tensor, nn
 
+from swinv2_scale import dist
 from swinv2_scale.models.block import Block
+from swinv2_scale.models.linear import choose
 from swinv2_scale.models.ops.attend import resolve
 
 DIM, HEADS, SIDE = 96, 3, 96
@@ -40,6 +42,7 @@ class OurPair(nn.Module):
                 window_size=(window, window),
                 pretrained_window=(window, window),
                 attend=resolve(backend, 256 * MIB),
+                library=choose(),
                 mlp_ratio=4.0,
                 drop_path=0.0,
                 index=index,
@@ -158,7 +161,7 @@ def measure_memory(case: list[str]) -> None:
     torch.set_num_threads(1)
     step, forward, given = make_step(name, int(window), dtype, microsoft)
     peak = peak_over_base(step)
-    print(json.dumps({"kept": kept_bytes(forward, given), "peak": peak}))
+    print(json.dumps({"kept": saved_bytes(forward, given), "peak": peak}))
 
 
 def main() -> None:
@@ -170,6 +173,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--microsoft", metavar="DIR", help="a checkout of microsoft/Swin-Transformer")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument(
+        "--keep", action="store_true", help="malloc keeps freed memory, for all (dist.keep_freed_memory)"
+    )
     parser.add_argument("--raw", type=Path, help="a JSON file for every number")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -177,6 +183,8 @@ def main() -> None:
         measure_memory(arguments.case)
         return
     torch.set_num_threads(arguments.threads)
+    if arguments.keep:
+        dist.keep_freed_memory()
     names = [*arguments.names, *(["microsoft"] if arguments.microsoft else [])]
     print_header("Attention: two blocks, forward and backward", ("torch", "timm", "transformers", "torchvision"))
     print(
@@ -220,8 +228,8 @@ def rows(
         numbers = [forward[name].summary[of], both[name].summary["cpu"], both[name].summary["wall"]]
         sizes = [f"{memory[key] / MIB:.0f}" if memory else "-" for key in ("kept", "peak")]
         found.append([window, name, *(f"{x:.3f}" for x in numbers), f"{ratio:.2f}", *sizes])
-        record = {"window": window, "dtype": dtype, "name": name, "threads": arguments.threads, **memory}
-        raw.append(record | {"forward": vars(forward[name]), "both": vars(both[name])})
+        record = {"window": window, "dtype": dtype, "name": name, "threads": arguments.threads, "keep": arguments.keep}
+        raw.append(record | memory | {"forward": vars(forward[name]), "both": vars(both[name])})
     return found
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import forget_peak, peak_bytes
 from machine import describe_machine, describe_versions
 
 from swinv2_scale import dist
@@ -143,20 +144,6 @@ class Phases:
                 return function(*args, **kwargs)
 
         return timed
-
-
-def forget_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
-
-
-def peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def resume(folder: Path) -> None:

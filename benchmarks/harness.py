@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -15,9 +16,27 @@ from typing import Any
 
 import torch
 from machine import describe_machine, describe_versions
-from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.live_memory import saved_bytes as saved_bytes
+from tests.support.processes import free_port
 
 MIB = 2**20
+_TRAINING = """
+model: {{variant: tiny, image_size: 192, window_size: 12, in_channels: 1}}
+data:
+  train: embedded:fashion-mnist/train
+  shards_dir: {shards}
+  global_batch_size: 2
+  micro_batch_size: 1
+  num_workers: 0
+  pixel_mean: [0.286]
+  pixel_std: [0.353]
+task: {{}}
+optim: {{lr: 1.0e-4, total_steps: 1000}}
+engine: {{precision: fp32}}
+logging: {{tensorboard: false, amplitudes_every_steps: 0, console_every_steps: 100}}
+"""
 
 
 @dataclass
@@ -51,30 +70,48 @@ def in_turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, T
     return times
 
 
-def kept_bytes(forward: Callable[[], object], but: Iterable[Tensor]) -> int:
-    """What autograd keeps from a forward pass, each storage once, without those of ``but`` (parameters, the input)."""
-    given = {x.untyped_storage().data_ptr() for x in but}
-    kept: dict[int, int] = {}
+def forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
 
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        result = forward()  # alive until everything is counted: memory that is free is given out again
-    total = sum(size for pointer, size in kept.items() if pointer not in given)
-    del result
-    return total
+def peak_bytes() -> int:
+    """The most since forget_peak(): resident memory, with a GPU its allocator's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def resident_bytes() -> int:
+    """Now, as peak_bytes()."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_over_base(step: Callable[[], object]) -> int:
-    """Bytes of resident memory that a step needs above what is there before it; in a process of its own."""
-    base = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+    """Bytes of memory that a step needs above what is there before it; in a process of its own."""
+    base = resident_bytes()
+    forget_peak()
     step()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")) - base
+    return peak_bytes() - base
+
+
+def rank_environments(count: int) -> list[dict[str, str]]:
+    """The environment of each rank of a job on this machine, as a launcher would set it; one thread each."""
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def write_training(folder: Path) -> Path:
+    """A configuration of SwinV2-T that needs no download; its shards go beside it."""
+    path = folder / "config.yaml"
+    path.write_text(_TRAINING.format(shards=folder / "shards"))
+    return path
 
 
 def apart(script: str, case: Sequence[str], options: Sequence[str] = ()) -> dict[str, Any]:

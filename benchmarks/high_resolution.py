@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from giant_step import forget_peak, peak_bytes
+from harness import forget_peak, peak_bytes, resident_bytes
 from machine import describe_machine, describe_versions
 
 from swinv2_scale import dist
@@ -150,12 +150,6 @@ def measure(config: RunConfig, limit_gib: float, steps: int) -> None:
     found: dict[str, Any] = {"before": before / _GIB, "peak": peak_bytes() / _GIB}
     print(json.dumps({**found, "seconds": statistics.median(seconds[1:] or seconds)}))
     dist.stop()
-
-
-def resident_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

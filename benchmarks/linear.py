@@ -21,10 +21,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from harness import in_turns, saved_bytes
 from machine import describe_machine, describe_versions
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from swinv2_scale.config.loader import load_config
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.engine import compilation
@@ -32,7 +32,6 @@ from swinv2_scale.models.block import Mlp
 from swinv2_scale.models.factory import initialise
 from swinv2_scale.models.linear import Library, Linear
 from swinv2_scale.tasks.simmim import SimMIM, SimMIMTask
-from tests.support.live_memory import saved_bytes
 
 BATCH = 4
 #: (tokens of a batch of 4 at 192 px, width) of tiny's stages.
@@ -71,16 +70,9 @@ def main() -> None:
         options.json.write_text(json.dumps(raw, indent=1) + "\n")
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each way, each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            begun = time.process_time()
-            way()
-            if number:
-                seconds[name].append(time.process_time() - begun)
-    return seconds
+def cpu_seconds(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Of each way, each round."""
+    return {name: times.cpu for name, times in in_turns(ways, rounds).items()}
 
 
 class Pair:
@@ -109,7 +101,7 @@ def linears(rounds: int) -> dict[str, Any]:
             for library in LIBRARIES:
                 pair = Pair(Linear(num_in, num_out, library=library), tokens)
                 ways |= {f"forward {library}": pair.forward, f"backward {library}": pair.backward}
-            seconds = in_turns(ways, rounds)
+            seconds = cpu_seconds(ways, rounds)
             raw[f"{tokens}, {num_in}, {num_out}"] = seconds
             median = {name: statistics.median(values) for name, values in seconds.items()}
             flops = 2e-9 * tokens * num_in * num_out
@@ -136,7 +128,7 @@ def mlps(rounds: int) -> dict[str, Any]:
             layers = {"plain": plain, **{library: Mlp(dim, 4 * dim, library) for library in LIBRARIES}}
             x = torch.randn(tokens, dim, dtype=dtype, requires_grad=True)
             ways = {name: partial(both, layer.to(dtype), x) for name, layer in layers.items()}
-            seconds = in_turns(ways, rounds)
+            seconds = cpu_seconds(ways, rounds)
             kept = [
                 saved_bytes(partial(layers[name], x), layers[name].parameters()) / 1e6 for name in ("plain", "torch")
             ]
@@ -160,7 +152,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
         begun = time.process_time()
         step()
         compiling[name] = time.process_time() - begun
-    seconds = in_turns(made, options.rounds)
+    seconds = cpu_seconds(made, options.rounds)
     print("| step | seconds | to the first of its type | the first one took |")
     print("|---|---|---|---|")
     first: dict[str, float] = {}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import MIB, Times, apart, in_turns, kept_bytes, peak_over_base, print_header, print_table
+from harness import MIB, Times, apart, in_turns, peak_over_base, print_header, print_table, saved_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -118,10 +118,7 @@ def torchvision_model(setting: Setting) -> Contender:
 
 
 def microsoft(setting: Setting, checkout: str) -> Contender:
-    """Their files as they are; the timm that they import has moved its layers since."""
-    import timm.layers
-
-    sys.modules.setdefault("timm.models.layers", timm.layers)
+    """Their files as they are."""
     package = sys.modules.setdefault("microsoft", types.ModuleType("microsoft"))
     package.__path__ = [f"{checkout}/models"]
     from importlib import import_module
@@ -216,7 +213,7 @@ def measure_times(setting: Setting, arguments: argparse.Namespace) -> dict[str, 
 def measure_memory(setting: Setting, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Of one contender, in this process."""
     work = Work(setting, name, contenders(setting, arguments)[name], arguments.batch_size)
-    kept = kept_bytes(work.forward, work.model.parameters())
+    kept = saved_bytes(work.forward, work.model.parameters())
     work.train()  # what stays is allocated now
     return {"kept": kept, "peak": peak_over_base(work.train)}
 

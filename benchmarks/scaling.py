@@ -1,266 +1,165 @@
-"""How speed and cost of pre-training T, B and G change with the number of nodes, on paper.
+"""Weak scaling: one job of two processes against two independent jobs of one, on the same two cores.
 
-    .venv/bin/python benchmarks/scaling.py            writes the tables, the picture, and their parts of docs/scaling.md
-    .venv/bin/python benchmarks/scaling.py --check    says whether they are what it would write (a test does that)
+    .venv/bin/python benchmarks/scaling.py > benchmarks/results/scaling_HARDWARE_YYYYMM.md
 
-Nothing here is measured: it is the model of swinv2_scale/plan/ (traffic counted on live DeepSpeed engines, arithmetic
-counted from the configuration) with the rates below. When somebody has run benchmarks/gpu.py, put its rate into
-EFFICIENCY and run this again.
+Real jobs (launch/pretrain.py), one thread a process, each process pinned to a core, the same micro-batch for every
+process. The control is two jobs at the same time, not one alone: two processes share caches and memory even where they
+don't talk. All four processes are started together, and then take turns, one step each: while one side works the other
+is stopped (SIGSTOP). So what the machine's neighbours do meets both alike; jobs of a minute, one after the other, came
+to efficiencies from 92 to 113 %. A step is timed from SIGCONT to its row in metrics.jsonl. Efficiency of a turn =
+images/s of the job of two / sum of the images/s of the two independent ones.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from swinv2_scale.config.loader import load_config
-from swinv2_scale.config.run import RunConfig
-from swinv2_scale.plan.fit import changed, memory
-from swinv2_scale.plan.machines import DEVICES, Cluster
-from swinv2_scale.plan.speed import LATENCY_PER_DOUBLING_S, LATENCY_S, OVERLAP, Speed, speed
-from swinv2_scale.plan.zero import Sharding, checkpoint_bytes
+from harness import rank_environments, write_training
+from machine import describe_machine, describe_versions
 
-REPOSITORY = Path(__file__).parents[1]
-PAGE = REPOSITORY / "docs" / "scaling.md"
-PICTURE = REPOSITORY / "docs" / "images" / "scaling.svg"
-RESULTS = REPOSITORY / "benchmarks" / "results" / "scaling_on-paper_202611.md"
-MARK = "<!-- benchmarks/scaling.py: {} -->"
-
-CONFIGS = {
-    "T": "configs/stages/tiny/simmim_192w12.yaml",
-    "B": "configs/stages/base/simmim_192w12.yaml",
-    "G": "configs/stages/giant/simmim_192w12.yaml",
-}
-#: Share of the peak rate that arithmetic reaches; ours is an assumption for each.
-EFFICIENCY = {"a100": 0.4, "h100": 0.35, "h200": 0.35}
-#: Gbit/s of a node of eight: one adapter of 200 or 400 Gbit/s a GPU, and plain Ethernet.
-NETWORKS = {"a100": (1600, 100), "h100": (3200, 100), "h200": (3200, 100)}
-NODES = tuple(2**n for n in range(8))
-GPUS_PER_NODE = 8
-HPZ = "engine.deepspeed_overrides.zero_optimization.zero_hpz_partition_size"
-STRATEGIES = {
-    "ZeRO-1": {"engine.zero_stage": 1},
-    "ZeRO-2": {"engine.zero_stage": 2},
-    "ZeRO-3": {"engine.zero_stage": 3},
-    "ZeRO-3, hpZ": {"engine.zero_stage": 3, HPZ: GPUS_PER_NODE},
-}
-#: A node that pays has at least this share of the speed that it would have alone.
-PAYS = 0.8
-#: Unplanned stops of 16,384 GPUs on 2,048 nodes in 54 days: Llama 3 (arXiv 2407.21783), sec. 3.3.4.
-STOPS, STOPS_NODES, STOPS_DAYS = 419, 2048, 54
-RESTART_S, STALL_S = 600, 5.0
+ROOT = Path(__file__).parents[1]
+DEADLINE_S = 300
+#: (name, zero_stage, efficiency to reach)
+CASES = (("stage 0 (DDP)", 0, 0.95), ("ZeRO-1", 1, 0.97), ("ZeRO-3", 3, 0.90))
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run on so many nodes."""
+@dataclass
+class Job:
+    """A running job, stopped but for its turns."""
 
-    nodes: int
-    micro_batch: int
-    speed: Speed
-    memory_bytes: int
-    fits: bool
-    steps: int
+    run: Path
+    images: int  # of a step
+    processes: list[subprocess.Popen[bytes]]
 
     @property
-    def days(self) -> float:
-        return self.steps * self.speed.step_s / 86400
+    def num_steps(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    @property
-    def gpu_hours(self) -> float:
-        return self.days * 24 * self.nodes * GPUS_PER_NODE
-
-
-def point(config: RunConfig, strategy: str, device: str, network: int, nodes: int) -> Point | None:
-    """The recipe's global batch on so many nodes; None where it has fewer images than there are GPUs."""
-    cluster = Cluster(DEVICES[device], nodes * GPUS_PER_NODE, nodes, network, EFFICIENCY[device])
-    per_gpu, rest = divmod(config.data.global_batch_size, cluster.gpus)
-    if rest:
-        return None
-    micro = max(n for n in range(1, config.data.micro_batch_size + 1) if per_gpu % n == 0)
-    config = changed(config, {**STRATEGIES[strategy], "data.micro_batch_size": micro})
-    total = memory(config, cluster.gpus).total
-    found = speed(config, cluster)
-    return Point(nodes, micro, found, total, total <= cluster.device.memory_bytes, config.optim.total_steps)
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            process.send_signal(number)
 
 
-def curves(config: RunConfig, device: str, network: int) -> dict[str, list[Point]]:
-    """Of every strategy, over the numbers of nodes that the batch can be dealt to."""
-    return {
-        name: [found for nodes in NODES if (found := point(config, name, device, network, nodes))]
-        for name in STRATEGIES
-    }
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--micro-batch-size", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="where the rates of all turns go")
+    parser.add_argument("--stages", type=int, nargs="*", choices=(0, 1, 3), default=(0, 1, 3), help="of ZeRO")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every job")
+    options = parser.parse_intermixed_args()
+    print("# Weak scaling: one job of two processes against two independent processes\n")
+    print(f"- machine: {describe_machine()}")
+    print(f"- versions: {describe_versions('torch', 'deepspeed')}")
+    print(f"- command: `{' '.join(['.venv/bin/python benchmarks/scaling.py', *sys.argv[1:]])}`")
+    print(f"- SwinV2-tiny, SimMIM at 192 px, window 12, float32, {options.micro_batch_size} images a process and step")
+    print(f"- one thread a process, each pinned to a core; {options.turns} turns of one step\n")
+    print("| case | turn | job of two, images/s | independent, images/s each | efficiency |")
+    print("|---|---|---|---|---|")
+    results = []
+    for name, stage, goal in CASES:
+        if stage not in options.stages:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            results.append((name, goal, measure(Path(folder), name, stage, options)))
+        if options.json:
+            options.json.write_text(json.dumps({name: turns for name, _, turns in results}, indent=1) + "\n")
+    print("\n| case | efficiency, median | lowest, highest turn | to reach |")
+    print("|---|---|---|---|")
+    for name, goal, turns in results:
+        found = [turn["efficiency"] for turn in turns]
+        spread = f"{min(found):.1%}, {max(found):.1%}"
+        print(f"| {name} | **{statistics.median(found):.1%}** | {spread} | {goal:.0%} |")
 
 
-def table(found: dict[str, list[Point]]) -> list[str]:
-    """Efficiency against a GPU that waits for nobody, images/s and days; ``*`` where memory is too small."""
-    names = list(found)
-    lines = ["| nodes | images a GPU at once | " + " | ".join(names) + " | images/s, days, GPU-hours of the best |"]
-    lines.append("|---" * (len(names) + 3) + "|")
-    for row in zip(*found.values(), strict=True):
-        cells = [f"{p.speed.scaling:.0%}{'' if p.fits else '*'}" for p in row]
-        best = max((p for p in row if p.fits), key=lambda p: p.speed.images_per_s, default=None)
-        summary = f"{best.speed.images_per_s:,.0f}, {best.days:,.1f}, {best.gpu_hours:,.0f}" if best else "none fits"
-        lines.append(f"| {row[0].nodes} | {row[0].micro_batch} | " + " | ".join(cells) + f" | {summary} |")
-    return lines
+def measure(folder: Path, name: str, stage: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The efficiency of each turn, and the images/s that it is made of."""
+    write_training(folder)
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    words = [f"engine.zero_stage={stage}", *options.overrides]
+    two = start(folder, "of-two", cores, options.micro_batch_size, words)
+    # It writes the shards; then the others only read them.
+    wait_for(lambda: two.num_steps >= 1, [two])
+    two.signal(signal.SIGSTOP)
+    ones = [start(folder, f"alone-{core}", [core], options.micro_batch_size, words) for core in cores]
+    jobs = [two, *ones]
+    try:
+        wait_for(lambda: all(job.num_steps >= 1 for job in ones), ones)
+        for job in ones:
+            job.signal(signal.SIGSTOP)
+        take_turn([two])  # begun steps are finished
+        take_turn(ones)
+        found = []
+        for number in range(options.turns):
+            order = ([two], ones) if number % 2 == 0 else (ones, [two])
+            rates = {side[0].run.name: take_turn(side) for side in order}
+            (together,), alone = rates["of-two"], rates[ones[0].run.name]
+            found.append({"together": together, "alone": alone, "efficiency": together / sum(alone)})
+            each = ", ".join(f"{rate:.3f}" for rate in alone)
+            print(f"| {name} | {number + 1} | {together:.3f} | {each} | {together / sum(alone):.1%} |", flush=True)
+        return found
+    finally:
+        for job in jobs:
+            job.signal(signal.SIGKILL)
+            for process in job.processes:
+                process.wait()
+            shutil.rmtree(job.run, ignore_errors=True)
 
 
-def last_that_pays(found: list[Point]) -> str:
-    paying = [p.nodes for p in found if p.fits and p.speed.scaling >= PAYS]
-    if not paying:
-        return "none" if any(p.fits for p in found) else "too large"
-    return f"{max(paying)}" + (" and more" if max(paying) == found[-1].nodes else "")
+def take_turn(side: list[Job]) -> list[float]:
+    """Let each job of a side go on for one step; images/s of each."""
+    before = [job.num_steps for job in side]
+    begun = time.monotonic()
+    for job in side:
+        job.signal(signal.SIGCONT)
+    seconds: dict[int, float] = {}
+
+    def is_over() -> bool:
+        for number, job in enumerate(side):
+            if number not in seconds and job.num_steps > before[number]:
+                seconds[number] = time.monotonic() - begun
+                job.signal(signal.SIGSTOP)
+        return len(seconds) == len(side)
+
+    wait_for(is_over, side)
+    return [job.images / seconds[number] for number, job in enumerate(side)]
 
 
-def limits(configs: dict[str, RunConfig]) -> list[str]:
-    """Up to how many nodes each pays."""
-    lines = [
-        "| model | GPUs, network of a node | " + " | ".join(STRATEGIES) + " |",
-        "|---" * (len(STRATEGIES) + 2) + "|",
-    ]
-    for name, config in configs.items():
-        for device, networks in NETWORKS.items():
-            for network in networks:
-                found = curves(config, device, network)
-                cells = " | ".join(last_that_pays(points) for points in found.values())
-                lines.append(f"| {name} | {device}, {network} Gbit/s | {cells} |")
-    return lines
+def wait_for(condition: Callable[[], bool], jobs: list[Job]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        for process in (process for job in jobs for process in job.processes):
+            assert process.poll() is None, (jobs[0].run / "log" / "rank-0.log").read_text()
+        assert time.monotonic() < end, "deadline reached"
+        time.sleep(0.005)
 
 
-def failures(config: RunConfig) -> list[str]:
-    """Young's interval between checkpoints, and what stops cost, of G."""
-    lines = ["| nodes | hours between stops | minutes between checkpoints | time lost | checkpoint, one process |"]
-    lines.append("|---|---|---|---|---|")
-    for nodes in (8, 64, 128, 1000):
-        between_s = STOPS_DAYS * 86400 / STOPS * STOPS_NODES / nodes
-        interval_s = math.sqrt(2 * STALL_S * between_s)
-        lost = STALL_S / interval_s + interval_s / 2 / between_s + RESTART_S / between_s
-        gpus = nodes * GPUS_PER_NODE
-        total, largest = checkpoint_bytes(Sharding.of(config, gpus))
-        lines.append(
-            f"| {nodes:,} | {between_s / 3600:.1f} | {interval_s / 60:.0f} | {lost:.1%} | "
-            f"{total / 2**30:.1f} GiB in {3 * gpus:,} files, {largest / 2**20:.1f} MiB |"
-        )
-    return lines
-
-
-def picture(panels: dict[str, dict[str, list[Point]]]) -> str:
-    """Efficiency against nodes, one panel a network, as SVG."""
-    colours = dict(zip(STRATEGIES, ("#1b6ca8", "#2a9d5c", "#c0392b", "#8e44ad"), strict=True))
-    width, height, left, top = 330, 220, 50, 40
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * (width + 70)}" height="{height + 110}" '
-        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
-    ]
-    for number, (title, found) in enumerate(panels.items()):
-        x0 = left + number * (width + 70)
-        parts.append(f'<text x="{x0}" y="{top - 18}" font-weight="bold">{title}</text>')
-        for share in range(0, 101, 20):
-            y = top + height * (1 - share / 100)
-            parts.append(f'<path d="M{x0} {y:.0f}h{width}" stroke="#ddd"/>')
-            parts.append(f'<text x="{x0 - 8}" y="{y + 4:.0f}" text-anchor="end">{share}%</text>')
-        for exponent, nodes in enumerate(NODES):
-            x = x0 + width * exponent / (len(NODES) - 1)
-            parts.append(f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">{nodes}</text>')
-        parts.append(f'<text x="{x0 + width / 2}" y="{top + height + 36}" text-anchor="middle">nodes of 8 GPUs</text>')
-        for name, points in found.items():
-            places = [
-                (x0 + width * math.log2(p.nodes) / (len(NODES) - 1), top + height * (1 - p.speed.scaling))
-                for p in points
-            ]
-            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
-    for number, (name, colour) in enumerate(colours.items()):
-        x, y = left + 160 * number, top + height + 60
-        parts.append(
-            f'<path d="M{x} {y - 4}h24" stroke="{colour}" stroke-width="3"/><text x="{x + 30}" y="{y}">{name}</text>'
-        )
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def assumed() -> list[str]:
-    lines = [
-        "| GPU | memory | 16-bit peak, reached | to GPUs of the node, each way | network of a node |",
-        "|---" * 5 + "|",
-    ]
-    for name, share in EFFICIENCY.items():
-        device = DEVICES[name]
-        rates = " or ".join(f"{rate}" for rate in NETWORKS[name])
-        lines.append(
-            f"| {name} | {device.memory_bytes / 2**30:.0f} GiB | {device.tflops_16bit:g} TFLOP/s, {share:.0%} | "
-            f"{device.link_gb_s:g} GB/s | {rates} Gbit/s |"
-        )
-    lines.append("")
-    lines.append(
-        f"Each collective costs {LATENCY_S * 1e6:g} us and {LATENCY_PER_DOUBLING_S * 1e6:g} more for each doubling of "
-        f"nodes; up to {OVERLAP:.0%} of the arithmetic that it may go on behind hides it."
-    )
-    return lines
-
-
-def sections() -> dict[str, list[str]]:
-    """What the script writes into the page, by name."""
-    configs = {name: load_config(REPOSITORY / path).config for name, path in CONFIGS.items()}
-    found = {"assumed": assumed(), "pays": limits(configs), "failures": failures(configs["G"])}
-    for name, config in configs.items():
-        for network in NETWORKS["a100"]:
-            found[f"{name} {network}"] = table(curves(config, "a100", network))
-    return found
-
-
-def others() -> list[str]:
-    """Tables that are in the results alone."""
-    lines = []
-    for name, path in CONFIGS.items():
-        config = load_config(REPOSITORY / path).config
-        for device in ("h100", "h200"):
-            for network in NETWORKS[device]:
-                lines += [
-                    f"## {name}, {device}, {network} Gbit/s a node",
-                    "",
-                    *table(curves(config, device, network)),
-                    "",
-                ]
-    return lines
-
-
-def files() -> dict[Path, str]:
-    """Everything that the script writes."""
-    found = sections()
-    page = PAGE.read_text(encoding="utf-8")
-    for name, lines in found.items():
-        start, end = MARK.format(name), MARK.format("end")
-        before, _, rest = page.partition(start)
-        _, _, after = rest.partition(end)
-        assert rest, f"{PAGE} has no place for {name}"
-        page = "\n".join([before + start, "", *lines, "", end]) + after
-    results = [
-        "# Scaling, on paper",
-        "",
-        "- command: `.venv/bin/python benchmarks/scaling.py`; nothing is measured",
-        "",
-    ]
-    for name, lines in found.items():
-        heading = f"{name} Gbit/s a node, a100" if name[0] in CONFIGS else name
-        results += [f"## {heading}", "", *lines, ""]
-    giant = load_config(REPOSITORY / CONFIGS["G"]).config
-    panels = {f"SwinV2-G, A100, {rate} Gbit/s a node": curves(giant, "a100", rate) for rate in NETWORKS["a100"]}
-    return {PAGE: page, RESULTS: "\n".join(results + others()).rstrip() + "\n", PICTURE: picture(panels)}
-
-
-def main() -> int:
-    wrong = []
-    for path, text in files().items():
-        if "--check" not in sys.argv[1:]:
-            path.write_text(text, encoding="utf-8")
-        elif not path.exists() or path.read_text(encoding="utf-8") != text:
-            wrong.append(str(path.relative_to(REPOSITORY)))
-    if wrong:
-        print(f"not what benchmarks/scaling.py writes: {', '.join(wrong)}; run it", file=sys.stderr)
-    return bool(wrong)
+def start(folder: Path, name: str, cores: list[int], micro_batch_size: int, words: list[str]) -> Job:
+    """One process on each of the cores."""
+    processes, run, count = [], folder / name, len(cores)
+    alone = [{**os.environ, "OMP_NUM_THREADS": "1"}]
+    for core, environment in zip(cores, rank_environments(count) if count > 1 else alone, strict=True):
+        environment["PYTHONPATH"] = str(ROOT)
+        command = ["taskset", "-c", str(core), sys.executable, str(ROOT / "launch" / "pretrain.py")]
+        command += ["--config", str(folder / "config.yaml"), "--run-dir", str(run), *words]
+        command += [f"data.micro_batch_size={micro_batch_size}", f"data.global_batch_size={micro_batch_size * count}"]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+    return Job(run, micro_batch_size * count, processes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

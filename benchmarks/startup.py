@@ -10,8 +10,7 @@ of its own. All take turns; medians.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
+import json
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 
 import psutil
+from harness import rank_environments
 from machine import describe_machine, describe_versions
 
 REPOSITORY = Path(__file__).parents[1]
@@ -35,6 +35,7 @@ IMPORTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--raw", type=Path, help="a JSON file for every number")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         first_step(Path(folder), 0)  # writes the shards, fills the page cache
@@ -56,6 +57,9 @@ def main() -> None:
         cpus, walls = zip(*found, strict=True)
         each = " ".join(f"{cpu:.2f}" for cpu in cpus)
         print(f"| {name} | {statistics.median(cpus):.2f} | {statistics.median(walls):.2f} | {each} |")
+    if arguments.raw:
+        found = {name: [{"cpu": cpu, "wall": wall} for cpu, wall in each] for name, each in rows.items()}
+        arguments.raw.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def imported(code: str) -> tuple[float, float]:
@@ -71,15 +75,9 @@ def first_step(folder: Path, number: int) -> tuple[float, float, float]:
     run = folder / f"run{number}"
     command = [sys.executable, "launch/pretrain.py", "--config", "configs/quickstart/simmim.yaml", "--run-dir", run]
     command.append(f"data.shards_dir={folder}/shards")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        common["MASTER_PORT"] = str(free.getsockname()[1])
+    environments = rank_environments(2)
     started = time.perf_counter()
-    ranks = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(psutil.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, env=environment))
+    ranks = [psutil.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, env=each) for each in environments]
     process = ranks[0]
     metrics = run / "metrics.jsonl"
     while not (metrics.is_file() and metrics.stat().st_size):

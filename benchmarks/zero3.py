@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -47,20 +46,6 @@ WAYS: tuple[tuple[str, int, bool, tuple[str, ...]], ...] = (
     ("same, all small parameters partitioned", 3, True, ()),
     ("same, and no prefetch", 3, True, ("engine.prefetch_bucket_elements=0",)),
 )
-CONFIG = """
-model: {{variant: tiny, in_channels: 1}}
-data:
-  train: embedded:fashion-mnist/train
-  shards_dir: {shards}
-  global_batch_size: 8
-  micro_batch_size: 4
-  num_workers: 0
-  pixel_mean: [0.286]
-  pixel_std: [0.353]
-task: {{}}
-optim: {{lr: 1.0e-4, total_steps: 1000}}
-engine: {{precision: fp32}}
-"""
 
 
 def main() -> None:
@@ -90,17 +75,14 @@ def main() -> None:
 
 def measure(model: str, turns: int) -> list[dict[str, Any]]:
     """Start two ranks of this script; what rank 0 found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    from harness import rank_environments, write_training
+
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.yaml").write_text(CONFIG.format(shards=Path(folder) / "shards"))
+        write_training(Path(folder))
         ranks = []
-        for rank, core in enumerate(sorted(os.sched_getaffinity(0))[:2]):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK_OF": model}
+        for core, environment in zip(sorted(os.sched_getaffinity(0)), rank_environments(2), strict=False):
             command = ["taskset", "-c", str(core), sys.executable, __file__, folder, model, str(turns)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+            ranks.append(subprocess.Popen(command, env=environment | {"RANK_OF": model}, stdout=subprocess.DEVNULL))
         assert [rank.wait() for rank in ranks] == [0, 0]
         found: list[dict[str, Any]] = json.loads((Path(folder) / "found.json").read_text())
         return found

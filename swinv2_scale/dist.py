@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
@@ -21,6 +22,8 @@ from swinv2_scale.launchers.place import adopt
 
 T = TypeVar("T")
 _MOST_FILES = 65_536
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def rank() -> int:
@@ -71,6 +74,7 @@ def start(timeout_s: int) -> None:
         # Two processes with all cores each would only take them from one another.
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(cores // local_world_size(), 1))
+        keep_freed_memory()
         backend = "gloo"
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -232,6 +236,19 @@ def all_gather_into(whole: Tensor, values: Tensor) -> Tensor:
     """Every rank's values in rank order, along the first axis of ``whole``, which is returned."""
     torch_dist.all_gather_into_tensor(whole, values)
     return whole
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep up to 2 GiB that was freed, for the next step, which needs as much again.
+
+    glibc otherwise hands it back to the system and gets it zeroed, page by page, at every step: up to a seventh of a
+    step on a CPU (benchmarks/results/allocator_*.md). Blocks over 32 MiB still go back, so that they don't leave holes.
+    Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def allow_open_files() -> None:

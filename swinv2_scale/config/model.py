@@ -49,7 +49,7 @@ class AttentionConfig(Section):
 
     #: One name for all stages, or one for each. ``fused`` is for CPUs, and built by ``swinv2-scale kernels build``;
     #: ``auto`` takes it where it is there, and says so. ``triton`` is for GPUs, and experimental.
-    backend: AttentionBackend | tuple[AttentionBackend, ...] = "eager"
+    backend: AttentionBackend | tuple[AttentionBackend, ...] = "auto"
     #: ``sequential`` splits its work until scores and expanded bias of one piece fit in this many bytes.
     max_score_bytes: PositiveInt = 256 * 2**20
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag
 
 from swinv2_scale.config.model import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from swinv2_scale.geometry import Size
 
 #: What a section without a name is.
 DEFAULT_TASK = "simmim"
@@ -23,6 +25,11 @@ class CropRule(NamedTuple):
     crop_pct: float = 0.875
     crop_mode: CropMode = "center"
     interpolation: Interpolation = "bicubic"
+
+
+def num_hidden(units: Size, ratio: float) -> int:
+    """How many of an image's mask units are hidden: the share, rounded up."""
+    return math.ceil(ratio * math.prod(units))
 
 
 class SimMIMConfig(Section):

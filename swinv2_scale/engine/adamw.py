@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: torch's step without what is around it, which imports torch's compiler; gradients are off here anyway.
+_update = inspect.unwrap(torch.optim.AdamW.step)
 
 
 class AdamW(torch.optim.AdamW):
@@ -53,7 +57,7 @@ class AdamW(torch.optim.AdamW):
             for master in self._masters():
                 if "ema" not in self.state[master]:
                     self.allocate(master)["ema"].copy_(master)
-        result = super().step(closure)
+        result = _update(self, closure)
         if self.ema_decay is not None:
             for master in self._masters():
                 state = self.state[master]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import nn
 
 from swinv2_scale.config.run import RunConfig
+from swinv2_scale.engine.deepspeed_import import not_compiled
 from swinv2_scale.errors import ConfigError
 from swinv2_scale.models.block import Block
 
@@ -29,6 +34,33 @@ def check(config: RunConfig) -> None:
             f"model.compile is true: torch.compile needs a C++ compiler, there is no {compiler} in PATH",
             "install it (apt-get install g++), name another one in CXX, or set model.compile to false",
         )
+
+
+@contextmanager
+def left_out(config: RunConfig) -> Iterator[None]:
+    """Around the building of an engine: torch's compiler isn't imported where nothing is compiled.
+
+    torch and DeepSpeed say of some functions that they are not to be compiled, and import all of the compiler to say
+    so when one is first called: 2 s of the processor in every rank.
+    """
+    if config.model.compile:
+        yield
+        return
+    for function in not_compiled:
+        undecorated = getattr(function, "__wrapped__", None)
+        if isinstance(undecorated, FunctionType):  # torch/_compile.py keeps what it made of a function there
+            undecorated.__dynamo_disable = undecorated  # type: ignore[attr-defined]
+    disable = torch.compiler.disable
+    torch.compiler.disable = _as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compiler.disable = disable
+
+
+def _as_it_is(function: Any = None, **_: object) -> Any:
+    """torch.compiler.disable, with or without arguments."""
+    return _as_it_is if function is None else function
 
 
 def apply(model: nn.Module, config: RunConfig) -> None:

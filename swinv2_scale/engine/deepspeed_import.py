@@ -6,6 +6,7 @@ import logging
 import os
 
 import torch
+import torch.utils.checkpoint
 
 # Detection works, but warns on every rank that no GPU was found.
 if not torch.cuda.is_available():
@@ -14,9 +15,11 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime import compiler
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper, partitioned_param_swapper
+from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -40,6 +43,10 @@ for _handler in list(deepspeed_logger.handlers):
     deepspeed_logger.removeHandler(_handler)
 deepspeed_logger.propagate = False
 
+#: Where it and torch say of functions that they are not to be compiled; see compilation.left_out().
+_places = (torch.optim.Optimizer, torch.utils.checkpoint, coordinator, coordinator.PartitionedParameterCoordinator)
+not_compiled = [checkpointing.checkpoint, *(found for place in _places for found in vars(place).values())]
+
 #: Modules that take DeepSpeed's compiled file operator; engine/swap_files.py gives them another.
 swappers = (partitioned_optimizer_swapper, partitioned_param_swapper)
 
@@ -50,5 +57,6 @@ __all__ = [
     "deepspeed",
     "deepspeed_logger",
     "fragment_address",
+    "not_compiled",
     "swappers",
 ]

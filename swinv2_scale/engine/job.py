@@ -132,9 +132,9 @@ def build_engine(config: RunConfig, task: Task, loading: Loading | None = None, 
         zero.assign(model, first_values(model, shapes, config, loading))
     compilation.apply(model, config)
     activation_checkpointing.apply(model, config.engine.activation_checkpointing)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, shapes, config.optim), config=ds_config
-    )
+    with compilation.left_out(config):
+        optimizer = build_optimizer(model, shapes, config.optim)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     # Stage 0 in bf16 takes an update with zero gradients to allocate its states; it isn't one of ours.
     zero.forget_moments(engine)
     if swap:

@@ -120,6 +120,7 @@ class Watchdog:
             board = dist.Board()
             self._beat(board)
             dist.barrier()  # from here on every rank has a beat
+            self._keeper = self._read_beats(board, 1)[0]  # whose host is named, should it be silent soon
             self._board = board
             self._threads.append(threading.Thread(target=self._run_errands, args=(board,), name="beats", daemon=True))
         self._threads.append(threading.Thread(target=self._watch, name="watchdog", daemon=True))

@@ -14,6 +14,7 @@ from swinv2_scale import draws
 from swinv2_scale.geometry import Size
 from swinv2_scale.models.linear import GeluLinear, Library, Linear
 from swinv2_scale.models.ops.attend import Attend
+from swinv2_scale.models.ops.fused import fused
 from swinv2_scale.models.position_bias import PositionBias
 from swinv2_scale.models.precision import wide_type
 from swinv2_scale.models.tiles import Tiling, tiling
@@ -59,10 +60,10 @@ class WindowAttention(nn.Module):
 class Mlp(nn.Module):
     """Linear, GELU (erf), Linear; of the two wide tensors between them the first is kept."""
 
-    def __init__(self, dim: int, hidden: int, library: Library) -> None:
+    def __init__(self, dim: int, hidden: int, library: Library, kernels: bool = False) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden, library=library)
-        self.fc2 = GeluLinear(hidden, dim, library=library)
+        self.fc2 = GeluLinear(hidden, dim, library=library, kernels=kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.fc1(x))
@@ -77,6 +78,7 @@ class Block(nn.Module):
         shifted: True for every second block of a stage.
         drop_path: probability of dropping a branch for a sample.
         library: what multiplies in its Linears.
+        attend: attention's backend; with ``fused`` our kernels compute the MLP's GELU, too.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Block(nn.Module):
         self.index, self.shifted, self.drop_path_rate = index, shifted, drop_path
         self.attn = WindowAttention(dim, num_heads, window_size, pretrained_window, attend, library)
         self.norm1 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), library)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), library, kernels=attend is fused)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim) if extra_norm else None
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swinv2_scale.errors import ConfigError
+from swinv2_scale.models.ops import fused
 from swinv2_scale.models.precision import autocast_kind
 from swinv2_scale.telemetry.console import log
 
@@ -81,12 +82,29 @@ class Linear(nn.Linear):
 
 
 class GeluLinear(Linear):
-    """A Linear of the GELU (erf) of its input. It keeps the input alone: the GELU is computed again in backward."""
+    """A Linear of the GELU (erf) of its input. It keeps the input alone: the GELU is computed again in backward.
+
+    Args:
+        kernels: the GELU is computed by ours (ops/fused.py, loaded), where they take its type.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        library: Library = "torch",
+        kernels: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, library=library)
+        self.kernels = kernels
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = self.bias if bias is None else bias
         is_onednn = self.library == "onednn" and _is_onednns(input, self.weight)
-        return _Gelu.apply(input, self.weight, bias, is_onednn)  # type: ignore[no-any-return]
+        kernels = self.kernels and fused.takes_gelu(input)
+        return _Gelu.apply(input, self.weight, bias, is_onednn, kernels)  # type: ignore[no-any-return]
 
 
 def _is_onednns(x: Tensor, weight: Tensor) -> bool:
@@ -131,17 +149,19 @@ class _OneDnn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return _gradients(grads[0], x, weight, ctx.needs_input_grad, True)
+        dx = _input_gradient(grads[0], weight, True) if ctx.needs_input_grad[0] else None
+        return dx, *_parameter_gradients(grads[0], x, ctx.needs_input_grad, True)
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_onednn: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_onednn: bool, kernels: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.is_onednn = is_onednn
+        ctx.is_onednn, ctx.kernels = is_onednn, kernels
         kind = autocast_kind(x.device)
         ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        return _product(F.gelu(x), weight, bias) if is_onednn else F.linear(F.gelu(x), weight, bias)
+        gelu = fused.gelu(x) if kernels else F.gelu(x)
+        return _product(gelu, weight, bias) if is_onednn else F.linear(gelu, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -149,24 +169,32 @@ class _Gelu(torch.autograd.Function):
         kind, dtype, enabled = ctx.autocast
         # Autograd runs this outside of the forward's autocast, which casts the weight.
         with torch.autocast(kind, dtype, enabled=enabled):
-            dgelu, dweight, dbias = _gradients(grads[0], F.gelu(x), weight, ctx.needs_input_grad, ctx.is_onednn)
-            dx = None if dgelu is None else torch.ops.aten.gelu_backward(dgelu, x)
-        return dx, dweight, dbias, None
+            dgelu = _input_gradient(grads[0], weight, ctx.is_onednn)
+            if ctx.kernels:
+                gelu, dx = fused.gelu_backward(x, dgelu.to(x.dtype))
+            else:
+                gelu, dx = F.gelu(x), torch.ops.aten.gelu_backward(dgelu, x)
+            dweight, dbias = _parameter_gradients(grads[0], gelu, ctx.needs_input_grad, ctx.is_onednn)
+        return dx, dweight, dbias, None, None
 
 
-def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, ...], is_onednn: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of a Linear's input, weight and bias."""
+def _input_gradient(grad: Tensor, weight: Tensor, is_onednn: bool) -> Tensor:
+    rows = grad.flatten(0, -2)
+    found = _product(rows, weight.t(), None) if is_onednn else rows @ weight
+    return found.view(*grad.shape[:-1], weight.shape[1])
+
+
+def _parameter_gradients(
+    grad: Tensor, x: Tensor, needed: tuple[bool, ...], is_onednn: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of a Linear's weight and bias; ``needed`` is autograd's, of (x, weight, bias)."""
     rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
-    dx = dweight = dbias = None
-    if needed[0]:
-        dx = (_product(rows, weight.t(), None) if is_onednn else rows @ weight).view_as(x)
+    dweight = dbias = None
     if needed[1]:
         dweight = _weight_product(rows, inputs) if is_onednn else rows.t() @ inputs
     if needed[2]:
         dbias = rows.sum(0)
-    return dx, dweight, dbias
+    return dweight, dbias
 
 
 def _weight_product(rows: Tensor, inputs: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,50 @@ def log_spaced_offsets(window_size: Size, divisor: Size, device: torch.device) -
         return (torch.sign(offsets) * torch.log2(offsets.abs() + 1.0) / math.log2(8)).to(device)
 
 
-class WideLinear(nn.Linear):
-    """A Linear that computes in float32 (float64 for float64) whatever type its weights are kept in."""
+#: Rows of offsets that a CPU computes at once: their hidden layer stays in its second-level cache.
+_CPU_ROWS = 256
 
-    def forward(self, input: Tensor) -> Tensor:
-        wide = wide_type(self.weight.dtype)
-        return F.linear(input.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+
+class _OffsetMlp(torch.autograd.Function):
+    """Linear, ReLU, Linear in float32 (float64 for float64 weights). Its hidden layer is computed again in backward:
+    for windows of 48 it would be the most that a block keeps.
+
+    As of a Linear, the weights are saved as they came (see linear.py).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, offsets: Tensor, weight: Tensor, bias: Tensor, last: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets, weight, bias, last)
+        layers = _widened(weight, bias, last)
+        return torch.cat([_hidden(rows, *layers[:2]) @ layers[2].t() for rows in _blocks(offsets.to(layers[0].dtype))])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        offsets, *parameters = ctx.saved_tensors
+        with without_autocast(offsets.device):
+            weight, bias, last = _widened(*parameters)
+            offsets = offsets.to(weight.dtype)
+            # One product for the first layer's weights and bias, as those of an offset that is always 1.
+            rows_with_one = F.pad(offsets, (0, 1), value=1.0)
+            first, second = weight.new_zeros(rows_with_one.shape[1], len(weight)), torch.zeros_like(last)
+            for rows, ones, grad in zip(*map(_blocks, (offsets, rows_with_one, grads[0])), strict=True):
+                hidden = _hidden(rows, weight, bias)
+                second.addmm_(grad.t(), hidden)
+                first.addmm_(ones.t(), torch.ops.aten.threshold_backward(grad @ last, hidden, 0))
+        found = first[:-1].t(), first[-1], second
+        return None, *(grad.to(parameter.dtype) for grad, parameter in zip(found, parameters, strict=True))
+
+
+def _widened(*parameters: Tensor) -> list[Tensor]:
+    return [parameter.to(wide_type(parameter.dtype)) for parameter in parameters]
+
+
+def _hidden(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(rows, weight, bias).relu_()
+
+
+def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(rows, _CPU_ROWS if rows.device.type == "cpu" else len(rows))
 
 
 class PositionBias(nn.Sequential):
@@ -51,14 +90,13 @@ class PositionBias(nn.Sequential):
     """
 
     def __init__(self, num_heads: int, pretrained_window: Size) -> None:
-        super().__init__(
-            WideLinear(len(pretrained_window), 512), nn.ReLU(inplace=True), WideLinear(512, num_heads, bias=False)
-        )
+        super().__init__(nn.Linear(len(pretrained_window), 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False))
         self.pretrained_window = pretrained_window
 
     def table(self, window_size: Size, device: torch.device) -> Tensor:
         """(N, 2*h-1, 2*w-1) float32: 16 * sigmoid of the MLP, for the effective ``window_size``."""
         divisor = coordinate_divisor(self.pretrained_window)
+        offsets = log_spaced_offsets(window_size, divisor, device)
         with without_autocast(device):
-            values = self(log_spaced_offsets(window_size, divisor, device))
-            return 16 * torch.sigmoid(values).movedim(-1, 0)
+            values: Tensor = _OffsetMlp.apply(offsets.flatten(0, -2), self[0].weight, self[0].bias, self[2].weight)
+            return 16 * torch.sigmoid(values).t().view(-1, *offsets.shape[:-1])

@@ -13,13 +13,14 @@ from typing import Literal
 
 from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.config.run import RunConfig
-from swinv2_scale.config.tasks import ClassificationConfig, SimMIMConfig
+from swinv2_scale.config.tasks import ClassificationConfig, SimMIMConfig, num_hidden
 from swinv2_scale.geometry import Size, effective_shift, spans
-from swinv2_scale.plan.parameters import BIAS_MLP_WIDTH
 
 DeviceType = Literal["cuda", "cpu"]
 _WIDE = 4  # bytes of float32, which attention, the position bias and the loss are in
 _BIT16 = 2
+#: Backends that keep qkv as it came and the logarithms of sums; the output is the projection's input.
+KERNELS = ("fused", "triton")
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,7 @@ def block_bytes(model: ModelConfig, stage: int, block: int, batch: int, width: W
         attention_side += length * (dim * width.norm + 2 * _WIDE)
     weights = (4 * dim * dim + dim * hidden) * width.weight_copy  # fc2 rounds its own once more in backward
     attention = sum(attention_bytes(model, stage, block, batch, width).values())
-    return (
-        attention_side + mlp_bytes(model, stage, batch, width) + weights + attention + _bias_bytes(model, stage, width)
-    )
+    return attention_side + mlp_bytes(model, stage, batch, width) + weights + attention + _bias_bytes(model, stage)
 
 
 def mlp_bytes(model: ModelConfig, stage: int, batch: int, width: Widths) -> int:
@@ -123,7 +122,7 @@ def attention_bytes(model: ModelConfig, stage: int, block: int, batch: int, widt
         vectors = rows * dim // heads * _WIDE
         # For queries and keys: the vectors, their power of two, their sum of squares' reciprocal root, where it is 0.
         unit = 2 * (vectors + rows * (3 * _WIDE + 1))
-        if backend == "fused":  # qkv as it came, and the logarithms of sums; the output is the projection's input
+        if backend in KERNELS:
             found[tiles], whole = whole + rows * _WIDE, 0
         elif backend == "sequential":
             found[tiles], whole = (whole, 0) if is_view else (3 * rows * dim // heads * width.linear, whole)
@@ -131,7 +130,7 @@ def attention_bytes(model: ModelConfig, stage: int, block: int, batch: int, widt
             found[tiles] = unit + 3 * vectors + 2 * scores
         else:  # the same, unit queries before their scale; softmax
             found[tiles] = unit + 4 * vectors + scores
-        if backend not in ("sequential", "fused") and batch * tiles.count == 1 and width.linear == _WIDE:
+        if backend not in ("sequential", *KERNELS) and batch * tiles.count == 1 and width.linear == _WIDE:
             found[tiles] += whole - vectors  # v is read where it lies
             whole = 0
     return found
@@ -139,7 +138,7 @@ def attention_bytes(model: ModelConfig, stage: int, block: int, batch: int, widt
 
 def score_bytes(model: ModelConfig, stage: int, tiles: Tiles, batch: int) -> int:
     """The scores that one block's attention holds at once of one shape of tile, float32."""
-    if model.stage_backends[stage] == "fused":
+    if model.stage_backends[stage] in KERNELS:
         return 0
     if model.stage_backends[stage] == "sequential":
         return piece_of_sequential(model, stage, tiles, batch)[0]
@@ -167,14 +166,13 @@ def tile_shapes(model: ModelConfig, stage: int, block: int) -> list[Tiles]:
     return [Tiles(shape, count) for shape, count in sorted(counts.items(), reverse=True)]
 
 
-def _bias_bytes(model: ModelConfig, stage: int, width: Widths) -> int:
-    """The MLP of the position bias: hidden layer, sigmoid; weights in float32 where the model's are not."""
+def _bias_bytes(model: ModelConfig, stage: int) -> int:
+    """The table of the position bias: its sigmoid; the MLP's hidden layer is computed again."""
     heads = model.num_heads[stage]
     offsets = math.prod(2 * length - 1 for length in model.stage_windows[stage])
-    weights = BIAS_MLP_WIDTH * heads * _WIDE if width.residual == _BIT16 and not width.weight_copy else 0
-    # ``sequential`` and ``fused`` keep the finished table, ``eager`` and ``sdpa`` have expanded it.
-    tables = 2 if model.stage_backends[stage] in ("sequential", "fused") else 1
-    return offsets * (BIAS_MLP_WIDTH + tables * heads) * _WIDE + weights
+    # ``sequential`` and our kernels keep the finished table, ``eager`` and ``sdpa`` have expanded it.
+    tables = 2 if model.stage_backends[stage] in ("sequential", *KERNELS) else 1
+    return offsets * tables * heads * _WIDE
 
 
 def _merging_bytes(model: ModelConfig, stage: int, batch: int, width: Widths) -> int:
@@ -217,4 +215,4 @@ def decoded_pixels(model: ModelConfig, task: SimMIMConfig) -> int:
     unit = task.mask_patch_size
     if unit % model.stride:
         return math.prod(model.image_shape)
-    return math.ceil(task.mask_ratio * math.prod(length // unit for length in model.image_shape)) * unit**2
+    return num_hidden(tuple(length // unit for length in model.image_shape), task.mask_ratio) * unit**2

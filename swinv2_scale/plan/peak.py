@@ -15,6 +15,7 @@ from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.config.tasks import SimMIMConfig
 from swinv2_scale.plan.activations import (
+    KERNELS,
     DeviceType,
     Tiles,
     Widths,
@@ -94,10 +95,13 @@ def _attention_gradients(model: ModelConfig, stage: int, block: int, batch: int,
     saved = attention_bytes(model, stage, block, batch, width)
     largest = next(iter(saved))
     free = mlp_bytes(model, stage, batch, width)
-    if model.stage_backends[stage] == "fused":  # gradients of the output, and of queries, keys and values
+    if model.stage_backends[stage] in KERNELS:  # gradients of the output, and of queries, keys and values
         needed = 4 * batch * math.prod(model.stage_maps[stage]) * model.stage_dims[stage] * width.linear
     elif model.stage_backends[stage] == "sequential":
         needed = _one_piece(model, stage, largest, batch, width)
+        free += (
+            batch * math.prod(model.stage_maps[stage]) * model.stage_dims[stage] * width.norm
+        )  # the first norm's input
     else:
         free += sum(saved.values()) - saved[largest]
         scores = score_bytes(model, stage, largest, batch)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from swinv2_scale.config.model import ModelConfig
 from swinv2_scale.config.run import RunConfig
 from swinv2_scale.plan.cost import attention_pairs, num_multiply_adds
 from swinv2_scale.plan.machines import Cluster
@@ -40,11 +41,19 @@ def training_flops(config: RunConfig) -> int:
 
 def recomputed_flops(config: RunConfig) -> int:
     """What activation checkpointing computes again, and attention that keeps no scores."""
-    model = config.model
     again = forward_flops(config) if config.engine.activation_checkpointing.backend != "none" else 0
+    return again + attention_again(config.model)
+
+
+def attention_again(model: ModelConfig) -> int:
+    """Of one image: what attention computes a second time for its backward."""
+    again = 0
     for stage, dim in enumerate(model.stage_dims):
-        # ``sequential`` computes attention again, ``fused`` the scores alone.
-        for_each_pair = {"sequential": 4 * dim, "fused": 2 * dim}.get(model.stage_backends[stage], 0)
+        # ``sequential`` computes attention again, ``fused`` the scores alone; ``triton`` scores and their gradients in
+        # each of three kernels, for queries, keys and the bias.
+        for_each_pair = {"sequential": 4 * dim, "fused": 2 * dim, "triton": 10 * dim}.get(
+            model.stage_backends[stage], 0
+        )
         for block in range(model.depths[stage] if for_each_pair else 0):
             again += for_each_pair * attention_pairs(model.stage_maps[stage], model.window_shape, block % 2 == 1)
     return again

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swinv2_scale.config.run import RunConfig
-from swinv2_scale.config.tasks import SimMIMConfig
+from swinv2_scale.config.tasks import SimMIMConfig, num_hidden
 from swinv2_scale.data.images.decode import evaluation_format, open_image, training_format
 from swinv2_scale.data.images.transforms import central_resized_crop, normalised, training_crop
 from swinv2_scale.data.loader import Batch, Sample
@@ -33,11 +33,6 @@ _HIDDEN_GREY = 128
 def mask_units(config: RunConfig) -> Size:
     """Mask units of an image along each axis."""
     return tuple(length // _section(config).mask_patch_size for length in config.model.image_shape)
-
-
-def num_hidden(units: Size, ratio: float) -> int:
-    """How many of an image's mask units are hidden: the share, rounded up."""
-    return math.ceil(ratio * math.prod(units))
 
 
 def draw_hidden(units: Size, ratio: float, draw: Draw) -> NDArray[np.bool_]:

@@ -78,8 +78,26 @@ def best(capability: str, usable: list[str]) -> str:
     return next(name for name in allowed if name in usable)
 
 
+def takes_gelu(x: Tensor) -> bool:
+    """Whether gelu() and gelu_backward() are for such a tensor; load() comes first."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU (erf); no autograd, see linear.py."""
+    return torch.ops.swinv2_scale.gelu(x.contiguous())  # type: ignore[no-any-return]
+
+
+def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(x), and from the gradient of that the one of x, in its place where it is contiguous."""
+    grad = grad.contiguous()
+    return torch.ops.swinv2_scale.gelu_backward(x.contiguous(), grad), grad
+
+
 def _register() -> None:
     """What torch.compile and autograd know about the operators."""
+    torch.library.register_fake("swinv2_scale::gelu", torch.empty_like)
+    torch.library.register_fake("swinv2_scale::gelu_backward", lambda x, grad: torch.empty_like(x))
     torch.library.register_fake("swinv2_scale::window_attention", _shapes)
     torch.library.register_fake("swinv2_scale::window_attention_backward", _backward_shapes)
     torch.library.register_autograd("swinv2_scale::window_attention", _backward, setup_context=_keep)

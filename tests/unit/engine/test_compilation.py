@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -44,6 +46,30 @@ def test_blocks_that_are_not_to_be_compiled_stay_as_they_are(tmp_path: Path) -> 
     compilation.apply(model, config(tmp_path))
     assert "attend" in vars(block)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+TRAINING = """
+import sys
+from swinv2_scale.cli.train import pretrain
+code = pretrain()
+print("torch._dynamo" in sys.modules)
+sys.exit(code)
+"""
+
+
+@pytest.mark.system  # three whole starts, each with its own imports
+@pytest.mark.parametrize(
+    ("stage", "checkpointing", "wanted"), [(1, "none", "False"), (3, "torch", "True"), (3, "none", "False")]
+)
+def test_a_training_that_compiles_nothing_doesnt_import_torchs_compiler(
+    tmp_path: Path, shards: Path, stage: int, checkpointing: str, wanted: str
+) -> None:
+    """It takes 2 s of the processor in every rank. torch's own activation checkpointing wants it all the same."""
+    settings = [f"engine.zero_stage={stage}", f"engine.activation_checkpointing.backend={checkpointing}"]
+    words = ["--config", str(write_config(tmp_path, shards)), "--run-dir", str(tmp_path / "run"), "--steps", "1"]
+    command = [sys.executable, "-c", TRAINING, *words, *settings]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert finished.stdout.splitlines()[-1] == wanted
 
 
 @pytest.mark.system

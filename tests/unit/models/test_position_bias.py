@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from swinv2_scale.geometry import coordinate_divisor
 from swinv2_scale.models.position_bias import PositionBias, log_spaced_offsets
+from tests.support.live_memory import saved_bytes
 
 torch.set_num_threads(1)
 
@@ -106,6 +107,32 @@ def test_a_window_of_one_token_has_a_finite_table(window: tuple[int, int], pretr
     assert table.isfinite().all()
     table.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("window", [(1, 2), (6, 5), (16, 16), (20, 17), (4, 5, 6)])
+def test_values_and_gradients_are_those_of_the_plain_mlp(window: tuple[int, ...]) -> None:
+    """Computed in blocks of 256 offsets: fewer, one and several, the last one shorter."""
+    module = position_bias(pretrained_window=window).double()
+    plain = copy.deepcopy(module)
+    offsets = log_spaced_offsets(window, coordinate_divisor(window), CPU).double()
+    wanted = 16 * torch.sigmoid(plain(offsets)).movedim(-1, 0)
+    found = module.table(window, CPU)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    weights = torch.rand_like(wanted)
+    with torch.autocast("cpu", torch.bfloat16):  # backward isn't cast either
+        (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_the_table_alone_is_kept_for_backward() -> None:
+    module = position_bias()
+    table = module.table((24, 24), CPU)
+    kept = saved_bytes(
+        lambda: module.table((24, 24), CPU), [*module.parameters(), log_spaced_offsets((24, 24), (11, 11), CPU)]
+    )
+    assert kept == table.nbytes  # the sigmoid's; the hidden layer would be 512 / 3 times as much
 
 
 def test_biases_lie_between_0_and_16_and_start_near_8() -> None:

@@ -121,6 +121,6 @@ def test_what_is_no_size_is_refused(text):
 
 
 def test_the_page_on_scaling_is_what_its_script_writes():
-    command = [sys.executable, "benchmarks/scaling.py", "--check"]
+    command = [sys.executable, "benchmarks/scaling_on_paper.py", "--check"]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr

@@ -201,27 +201,20 @@ struct Call {
   }
 };
 
-// run(i, scratch) for every item, in any order: each writes to places of its own.
+// run(i, worker) for every i < count, in any order; workers are numbered.
 template <class Run>
-void for_each_item(const Call& call, size_t scratch_bytes, const Run& run) {
-  const int64_t count = static_cast<int64_t>(call.items.size());
-  const int64_t threads = at::in_parallel_region() ? 1 : std::clamp<int64_t>(count, 1, at::get_num_threads());
-  scratch_bytes = (scratch_bytes + 4095) / 4096 * 4096;
-  const Tensor scratch = at::empty({threads * static_cast<int64_t>(scratch_bytes) + 64}, at::kByte);
+void for_each(int64_t count, int64_t threads, const Run& run) {
   struct Shared {
     const Run& run;
-    char* scratch;
-    size_t bytes;
     int64_t count;
     std::atomic<int64_t> next{0}, workers{0};
-  } shared{run, static_cast<char*>(scratch.data_ptr()), scratch_bytes, count};
-  shared.scratch += -reinterpret_cast<uintptr_t>(shared.scratch) % 64;
+  } shared{run, count};
   void (*work)(void*) = [](void* data) {
     Shared& s = *static_cast<Shared*>(data);
     int64_t worker = -1;
     for (int64_t i; (i = s.next++) < s.count;) {
       if (worker < 0) worker = s.workers++;
-      s.run(i, s.scratch + worker * s.bytes);
+      s.run(i, worker);
     }
   };
   if (threads > 1) {
@@ -230,6 +223,21 @@ void for_each_item(const Call& call, size_t scratch_bytes, const Run& run) {
     work(&shared);
   }
   num_workers = shared.workers.load();
+}
+
+int64_t threads_for(int64_t count) {
+  return at::in_parallel_region() ? 1 : std::clamp<int64_t>(count, 1, at::get_num_threads());
+}
+
+// run(i, scratch) for every item; each writes to places of its own.
+template <class Run>
+void for_each_item(const Call& call, size_t scratch_bytes, const Run& run) {
+  const int64_t count = static_cast<int64_t>(call.items.size()), threads = threads_for(count);
+  scratch_bytes = (scratch_bytes + 4095) / 4096 * 4096;
+  const Tensor scratch = at::empty({threads * static_cast<int64_t>(scratch_bytes) + 64}, at::kByte);
+  char* begin = static_cast<char*>(scratch.data_ptr());
+  begin += -reinterpret_cast<uintptr_t>(begin) % 64;
+  for_each(count, threads, [&](int64_t i, int64_t worker) { run(i, begin + worker * scratch_bytes); });
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& qkv, const Tensor& scale, const Tensor& table, const Tensor& order,
@@ -299,6 +307,44 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   return {grad_qkv, grad_scale, grad_table};
 }
 
+// Of 32 thousand numbers at a time: run(first, count, kernels).
+template <class Run>
+void for_each_piece(const Tensor& x, const Run& run) {
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK((dtype == at::kFloat || dtype == at::kBFloat16) && x.is_contiguous() && x.device().is_cpu(),
+              "x must be contiguous float32 or bfloat16 on the CPU, it is ", dtype);
+  constexpr int64_t kPiece = 32 * 1024;
+  const int64_t pieces = (x.numel() + kPiece - 1) / kPiece;
+  const KernelsOfType kernels = active.of[dtype == at::kFloat ? kFloat : kBFloat16];
+  for_each(pieces, threads_for(pieces), [&](int64_t i, int64_t) {
+    run(i * kPiece * x.element_size(), std::min(kPiece, x.numel() - i * kPiece), kernels);
+  });
+}
+
+Tensor gelu(const Tensor& x) {
+  Tensor y = at::empty_like(x);
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(y.data_ptr());
+  for_each_piece(x, [&](int64_t at, int64_t count, const KernelsOfType& kernels) {
+    kernels.gelu(from + at, to + at, count);
+  });
+  return y;
+}
+
+// gelu(x); the gradient of it becomes that of x.
+Tensor gelu_backward(const Tensor& x, const Tensor& grad) {
+  TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() && grad.is_contiguous(),
+              "the gradient must be as x, ", x.scalar_type(), " ", x.sizes(), ", it is ", grad.scalar_type(), " ",
+              grad.sizes());
+  Tensor y = at::empty_like(x);
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char *gradient = static_cast<char*>(grad.data_ptr()), *to = static_cast<char*>(y.data_ptr());
+  for_each_piece(x, [&](int64_t at, int64_t count, const KernelsOfType& kernels) {
+    kernels.gelu_backward(from + at, gradient + at, to + at, count);
+  });
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(swinv2_scale, m) {
@@ -308,6 +354,8 @@ TORCH_LIBRARY(swinv2_scale, m) {
   m.def(
       "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsumexp, Tensor logit_scale, "
       "Tensor bias_table, Tensor order, int[] num_tiles, int[] sides) -> (Tensor, Tensor, Tensor)");
+  m.def("gelu(Tensor x) -> Tensor");
+  m.def("gelu_backward(Tensor x, Tensor(a!) grad) -> Tensor");
   m.def("usable_kernels", &usable_kernels);
   m.def("select_kernels", &select_kernels);
   m.def("num_workers", []() -> int64_t { return num_workers; });
@@ -316,6 +364,8 @@ TORCH_LIBRARY(swinv2_scale, m) {
 TORCH_LIBRARY_IMPL(swinv2_scale, CPU, m) {
   m.impl("window_attention", &forward);
   m.impl("window_attention_backward", &backward);
+  m.impl("gelu", &gelu);
+  m.impl("gelu_backward", &gelu_backward);
 }
 
 }  // namespace swinv2

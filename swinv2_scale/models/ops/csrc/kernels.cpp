@@ -1,6 +1,7 @@
 // The kernels for one instruction set: compiled once for each, with -DKERNELS=<name> and its flags.
 #include "backward.h"
 #include "forward.h"
+#include "gelu.h"
 
 namespace {
 
@@ -30,7 +31,14 @@ struct Of {
       Backward<In, M, 0>(p, *item.group, scratch).run(item, index);
     }
   }
-  static constexpr swinv2::KernelsOfType table{forward_bytes, backward_bytes, forward, backward};
+  static constexpr swinv2::KernelsOfType table() {
+    swinv2::KernelsOfType found{forward_bytes, backward_bytes, forward, backward, nullptr, nullptr};
+    if constexpr (sizeof(In) < 8) {
+      found.gelu = gelu<In>;
+      found.gelu_backward = gelu_backward<In>;
+    }
+    return found;
+  }
 };
 
 #define TEXT_OF(x) #x
@@ -43,8 +51,8 @@ struct Of {
 extern "C" __attribute__((visibility("hidden"))) const swinv2::Kernels NAME(KERNELS) = {
     TEXT(KERNELS),
 #if defined(__AVX512BF16__)
-    {{}, {}, Of<BFloat16, Halves>::table},  // the others are those of avx512
+    {{}, {}, Of<BFloat16, Halves>::table()},  // the others are those of avx512
 #else
-    {Of<float, Wide<float>>::table, Of<double, Wide<double>>::table, Of<BFloat16, Wide<float>>::table},
+    {Of<float, Wide<float>>::table(), Of<double, Wide<double>>::table(), Of<BFloat16, Wide<float>>::table()},
 #endif
 };

@@ -52,6 +52,8 @@ struct KernelsOfType {
   size_t (*backward_bytes)(const Problem&, const Group&);
   void (*forward)(const Problem&, const Item&, char* scratch);
   void (*backward)(const Problem&, const Item&, int64_t index, char* scratch);
+  void (*gelu)(const void* x, void* y, int64_t count);  // none for double
+  void (*gelu_backward)(const void* x, void* grad, void* y, int64_t count);
 };
 
 struct Kernels {
