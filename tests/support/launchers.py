@@ -61,10 +61,17 @@ class Launched:
         end = time.monotonic() + at_most_s
         while (code := self.process.poll()) is None or self.members():
             if time.monotonic() > end:
+                state = self._state()
                 self.kill()
-                raise AssertionError(f"deadline reached, code {code}:\n{self.output}")
+                raise AssertionError(f"deadline reached, code {code}:\n{self.output}\n{state}")
             time.sleep(0.05)
         return code
+
+    def _state(self) -> str:
+        """What is alive, and what the ranks wrote down: a launcher that hangs doesn't pass on what they print."""
+        alive = [f"alive: {pid} {command}" for pid, command in self.members()]
+        logs = [f"{path}:\n{path.read_text()[-5000:]}" for path in sorted(self.run.glob("log/rank-*.log"))]
+        return "\n".join([*alive, *logs])
 
     def kill(self) -> None:
         for pid, _ in self.members():

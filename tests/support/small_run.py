@@ -47,6 +47,9 @@ logging:
   panel_every_steps: 10
   panel_images: 4
   console_every_steps: 5
+cluster:
+  timeout_s: 150
+  step_timeout_s: 150
 """
 
 #: Overrides for tests that are about the data: the engine's part takes a fifth of the time.
