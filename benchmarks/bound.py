@@ -38,7 +38,7 @@ GROUPS = {
     "products": ("_linear_pointwise", "aten::mm", "aten::addmm", "aten::bmm", "conv"),
     "GELU": ("gelu",),
     "norms": ("layer_norm",),
-    "AdamW": ("addcdiv", "addcmul", "sqrt", "lerp", "AdamW", "_foreach"),
+    "AdamW": ("addcdiv", "addcmul", "sqrt", "lerp", "AdamW", "adamw"),
     "copies, casts": ("copy", "aten::cat", "_to_copy"),
 }
 

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/peers.py --output benchmarks/results/peers_HARDWARE_YYYYMM [--microsoft CHECKOUT]
 
 Classification at 256 px, windows 8 and 16, and SimMIM at 192 px, window 12, each in float32 and under bf16 autocast.
-A train step is forward, cross-entropy (SimMIM: its own loss), backward and AdamW (torch's, foreach); the same random
+A train step is forward, cross-entropy (SimMIM: its own loss), backward and AdamW (torch's, fused); the same random
 images, no drop path. All contenders of a setting live in one process and take turns (harness.py); the table has the
 medians, of wall-clock and of CPU seconds, each with its ratio: the fastest eager peer's over the contender's. "Kept"
 is what a forward holds for its backward, "peak" how far a step raises resident memory, each in a process of its own.
@@ -176,7 +176,7 @@ class Work:
             units = setting.image_size // 32
             order = torch.rand(batch_size, units**2).argsort(1)
             self.target = (order < -(-6 * units**2 // 10)).view(batch_size, units, units)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, foreach=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         if name.endswith("compiled"):
             self.loss = torch.compile(self.loss)
 

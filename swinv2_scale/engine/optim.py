@@ -31,8 +31,7 @@ def build_optimizer(model: nn.Module, shapes: dict[str, torch.Size], config: Opt
         }
         for group in parameter_groups(shapes, by_layer=config.layer_decay < 1)
     ]
-    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": torch.cuda.is_available()}
-    return AdamW(groups, config.ema_decay, **settings)
+    return AdamW(groups, config.ema_decay, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
