@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-#: No job of a test takes longer on two busy cores; a hang fails instead of stopping CI. By then small_run.py's jobs have
-#: ended by themselves, and said where they hung.
+#: No job of a test takes longer on two busy cores; a hang fails instead of stopping CI. By then small_run.py's jobs
+#: have ended by themselves, and said where they hung.
 DEADLINE_S = 240
 
 

@@ -19,7 +19,7 @@ from swinv2_scale.models.precision import wide_type
 from swinv2_scale.models.tiles import Tiling
 
 #: From the best to what runs everywhere.
-KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
+KERNELS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
 
 
 def fused(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, tiles: Tiling) -> Tensor:
@@ -74,7 +74,7 @@ def best(capability: str, usable: list[str]) -> str:
 
     It heeds the environment's ATEN_CPU_CAPABILITY, so that torch and we use the same instructions.
     """
-    allowed = {"AVX512": KERNELS, "AVX2": KERNELS[2:]}.get(capability, KERNELS[-1:])
+    allowed = {"AVX512": KERNELS, "AVX2": KERNELS[3:]}.get(capability, KERNELS[-1:])
     return next(name for name in allowed if name in usable)
 
 

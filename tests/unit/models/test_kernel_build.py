@@ -163,13 +163,14 @@ def test_a_job_spells_out_what_auto_is(empty: Path, given: str) -> None:
     assert settled.origin(("model", "attention", "backend")) == "auto, on this machine"
 
 
-ALL = ["portable", "avx2", "avx512", "avx512_bf16"]
+ALL = ["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 
 
 @pytest.mark.parametrize(
     ("capability", "usable", "taken"),
     [
-        ("AVX512", ALL, "avx512_bf16"),
+        ("AVX512", ALL, "amx_bf16"),
+        ("AVX512", ALL[:4], "avx512_bf16"),
         ("AVX512", ALL[:3], "avx512"),
         ("AVX2", ALL, "avx2"),  # ATEN_CPU_CAPABILITY=avx2: torch and we alike
         ("DEFAULT", ALL, "portable"),

@@ -24,13 +24,17 @@ struct Backward {
   using Unit = typename M::Unit;
   using Vec = Vector<T>;
   static constexpr int W = kLanes<T>;
+  // Of a block; what fills its last tile has no weight.
+  static constexpr int kQueries = M::kTiles ? 64 : kBackwardQueries, kStep = M::kTiles ? 32 : kRows;
 
   const Problem& p;
   const Group& g;
   const Sizes<M, kDim> size;
+  const int query_room = round_up(size.queries, kStep);
   T *half, *grad_half, *rows, *key_grads, *value_grads, *query_grads, *logsumexp, *delta, *key_factors, *query_factors;
   Unit *packed, *key_panels, *value_panels, *key_columns, *query_rows, *query_columns, *grad_rows, *grad_columns;
   Unit *weights, *scores, *score_rows;  // of one block: P and dS across queries, and dS along keys
+  T *cosines, *products;  // of kRows queries with a block's keys: q . k and dO . v
   Vec *row_sum, *row_cosine, *row_scale;
   int* slice;
   Place next;
@@ -50,16 +54,18 @@ struct Backward {
     key_columns = carver.take<Unit>(keys / pair * size.dim);
     query_rows = carver.take<Unit>(queries * size.units);
     grad_rows = carver.take<Unit>(queries * size.units);
-    query_columns = pair == 1 ? query_rows : carver.take<Unit>(queries / pair * size.dim);
-    grad_columns = pair == 1 ? grad_rows : carver.take<Unit>(queries / pair * size.dim);
+    query_columns = pair == 1 ? query_rows : carver.take<Unit>(query_room / pair * size.dim);
+    grad_columns = pair == 1 ? grad_rows : carver.take<Unit>(query_room / pair * size.dim);
     key_grads = carver.take<T>(keys * size.dim);
     value_grads = carver.take<T>(keys * size.dim);
     query_grads = carver.take<T>(queries * size.dim);
     logsumexp = carver.take<T>(queries);
     delta = carver.take<T>(queries);
-    weights = carver.take<Unit>(kBackwardQueries / pair * kBackwardKeys);
-    scores = carver.take<Unit>(kBackwardQueries / pair * kBackwardKeys);
-    score_rows = pair == 1 ? scores : carver.take<Unit>(kBackwardQueries * kBackwardKeys / pair);
+    weights = carver.take<Unit>(kQueries / pair * kBackwardKeys);
+    scores = carver.take<Unit>(kQueries / pair * kBackwardKeys);
+    score_rows = pair == 1 ? scores : carver.take<Unit>(kQueries * kBackwardKeys / pair);
+    cosines = carver.take<T>(M::kTiles ? kRows * kBackwardKeys : 0);
+    products = carver.take<T>(M::kTiles ? kRows * kBackwardKeys : 0);
     row_sum = carver.take<Vec>(queries);
     row_cosine = carver.take<Vec>(queries);
     row_scale = carver.take<Vec>(M::kRaw ? queries : 0);
@@ -86,10 +92,14 @@ struct Backward {
       __builtin_memset(query_grads, 0, sizeof(T) * size.queries * size.dim);
       for (int span = 0; span < size.keys; span += kBackwardSpan) {
         const int end = size.keys - span < kBackwardSpan ? size.keys : span + kBackwardSpan;
-        for (int first = 0; first < size.queries; first += kBackwardQueries)
+        for (int first = 0; first < size.queries; first += kQueries)
           for (int from = span; from < end; from += kBackwardKeys)
-            block(first, size.queries - first < kBackwardQueries ? size.queries : first + kBackwardQueries, from,
+            block(first, size.queries - first < kQueries ? size.queries : first + kQueries, from,
                   end - from < kBackwardKeys ? end : from + kBackwardKeys);
+      }
+      if constexpr (M::kTiles) {
+        to_rows(key_grads, size.keys);
+        to_rows(value_grads, size.keys);
       }
       if (size.n == 1) forget_scores();
       write_queries(place);
@@ -140,6 +150,13 @@ struct Backward {
             is_real ? static_cast<const T*>(p.logsumexp)[place.sum + place.tokens[g.query_place[i + k]]] : T(1e4);
       }
     }
+    if constexpr (M::kTiles) {
+      const size_t end = size_t(size.queries) * size.units, rest = size_t(query_room) * size.units - end;
+      for (Unit* columns : {query_columns, grad_columns}) {
+        __builtin_memset(columns + end, 0, sizeof(Unit) * rest);
+        to_left_tiles(columns, query_room / M::kPair);
+      }
+    }
     __builtin_memset(static_cast<void*>(row_sum), 0, sizeof(Vec) * size.queries);
     __builtin_memset(static_cast<void*>(row_cosine), 0, sizeof(Vec) * size.queries);
     if (M::kRaw) __builtin_memset(static_cast<void*>(row_scale), 0, sizeof(Vec) * size.queries);
@@ -161,6 +178,11 @@ struct Backward {
   void block(int first, int last, int from, int to) {
     for (int i = first; i < last; i += kRows) {
       if (from == 0) prefetch_next(i);
+      if constexpr (M::kTiles) {
+        const size_t row = size_t(i) * size.units, panel = size_t(from) * size.units;
+        score_block(query_rows + row, key_panels + panel, to - from, cosines, kBackwardKeys);
+        score_block(grad_rows + row, value_panels + panel, to - from, products, kBackwardKeys);
+      }
       int j = from;
       for (; j + kPanels * W <= to && j + kPanels * W <= size.n; j += kPanels * W)
         differentiate<kPanels, false>(first, i, from, j);
@@ -172,6 +194,15 @@ struct Backward {
     }
     const int units = (last - first) / M::kPair;
     const size_t at = size_t(first) / M::kPair * size.dim;
+    if constexpr (M::kTiles) {
+      const int room = round_up(units, kStep / M::kPair), keys = to - from;
+      for (Unit* each : {weights, scores})
+        __builtin_memset(each + units * kBackwardKeys, 0, sizeof(Unit) * (room - units) * kBackwardKeys);
+      const size_t grads = size_t(from) * size.dim;
+      accumulate_across(key_grads + grads, scores, kBackwardKeys, query_columns + at, room, keys);
+      accumulate_across(value_grads + grads, weights, kBackwardKeys, grad_columns + at, room, keys);
+      return;
+    }
     for (int j = from; j < to; j += kRows) {
       accumulate<M>(key_grads + size_t(j) * size.dim, scores + j - from, 1, kBackwardKeys, query_columns + at, units,
                     size.dim);
@@ -186,10 +217,12 @@ struct Backward {
     Vec x[kRows][P], weight[kRows][P], cosine[kRows][P];
     const T scale_log2 = scale * T(kLog2e);
     const int* at = slice + i0;
-    UNROLL for (int i = 0; i < kRows; i++) {
-      UNROLL for (int v = 0; v < P; v++) cosine[i][v] = Vec{};
+    if constexpr (M::kTiles) {
+      load_block<P>(cosines + j - from, kBackwardKeys, cosine);
+    } else {
+      clear<T, P>(cosine);
+      score<M, P>(query_rows + size_t(i0) * size.units, key_panels + size_t(j) * size.units, size.units, cosine);
     }
-    score<M, P>(query_rows + size_t(i0) * size.units, key_panels + size_t(j) * size.units, size.units, cosine);
     take_factors<M, P>(query_factors + i0, key_factors + j, cosine);
     UNROLL for (int i = 0; i < kRows; i++) {
       UNROLL for (int v = 0; v < P; v++) {
@@ -203,7 +236,13 @@ struct Backward {
     UNROLL for (int i = 0; i < kRows; i++) {
       UNROLL for (int v = 0; v < P; v++) x[i][v] = splat(-delta[i0 + i]);
     }
-    score<M, P>(grad_rows + size_t(i0) * size.units, value_panels + size_t(j) * size.units, size.units, x);
+    if constexpr (M::kTiles) {
+      UNROLL for (int i = 0; i < kRows; i++) {
+        UNROLL for (int v = 0; v < P; v++) x[i][v] += load(products + i * kBackwardKeys + j - from + v * W);
+      }
+    } else {
+      score<M, P>(grad_rows + size_t(i0) * size.units, value_panels + size_t(j) * size.units, size.units, x);
+    }
     UNROLL for (int i = 0; i < kRows; i++) {
       UNROLL for (int v = 0; v < P; v++) {
         x[i][v] *= weight[i][v];

@@ -3,6 +3,14 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <string>
@@ -15,7 +23,7 @@
 extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned num_threads, unsigned flags);
 
 extern "C" const swinv2::Kernels swinv2_kernels_portable, swinv2_kernels_avx2, swinv2_kernels_avx512,
-    swinv2_kernels_avx512_bf16;
+    swinv2_kernels_avx512_bf16, swinv2_kernels_amx_bf16;
 
 namespace swinv2 {
 namespace {
@@ -26,6 +34,21 @@ using at::Tensor;
 Kernels active = swinv2_kernels_portable;
 std::atomic<int64_t> num_workers{0};  // threads that took part in the last call
 
+#if defined(__x86_64__)
+// AMX for bfloat16: the CPU has it, and Linux lets this process use its registers, for which it has to be asked.
+bool has_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h; not in older headers
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 std::vector<const Kernels*> usable() {
   std::vector<const Kernels*> found{&swinv2_kernels_portable};
 #if defined(__x86_64__)
@@ -34,7 +57,10 @@ std::vector<const Kernels*> usable() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
     found.push_back(&swinv2_kernels_avx512);
-    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&swinv2_kernels_avx512_bf16);
+    if (__builtin_cpu_supports("avx512bf16")) {
+      found.push_back(&swinv2_kernels_avx512_bf16);
+      if (has_tiles()) found.push_back(&swinv2_kernels_amx_bf16);
+    }
   }
 #endif
   return found;

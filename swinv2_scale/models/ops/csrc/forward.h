@@ -28,7 +28,7 @@ struct Forward {
   const Problem& p;
   const Group& g;
   const Sizes<M, kDim> size;
-  T *half, *rows, *sums, *reference, *key_factors, *query_factors;
+  T *half, *rows, *sums, *reference, *key_factors, *query_factors, *scores;
   Unit *packed, *keys, *values, *queries, *weights;
   Vec* total;
   int* slice;
@@ -50,6 +50,7 @@ struct Forward {
     query_factors = carver.take<T>(M::kRaw ? size.queries : 0);
     total = carver.take<Vec>(kForwardQueries);
     weights = carver.take<Unit>(kRows * kForwardKeys / M::kPair);
+    scores = carver.take<T>(M::kTiles ? kRows * kForwardKeys : 0);
     slice = carver.take<int>(size.queries);
     bytes = carver.used;
   }
@@ -113,6 +114,9 @@ struct Forward {
       const int to = size.keys - from < kForwardKeys ? size.keys : from + kForwardKeys;
       for (int i = 0; i < count; i += kRows) {
         if (from == 0) prefetch_next(first + i);
+        if constexpr (M::kTiles)
+          score_block(queries + size_t(first + i) * size.units, keys + size_t(from) * size.units, to - from, scores,
+                      kForwardKeys);
         int summed = from, j = from;  // keys whose weights have gone into the sums
         for (; j + kPanels * W <= to && j + kPanels * W <= size.n; j += kPanels * W)
           weigh<kPanels, false>(first, i, from, j, summed);
@@ -128,10 +132,12 @@ struct Forward {
   INLINE void weigh(int first, int i0, int from, int j, int& summed) {
     Vec x[kRows][P];
     const int* at = slice + first + i0;
-    UNROLL for (int i = 0; i < kRows; i++) {
-      UNROLL for (int v = 0; v < P; v++) x[i][v] = Vec{};
+    if constexpr (M::kTiles) {
+      load_block<P>(scores + j - from, kForwardKeys, x);
+    } else {
+      clear<T, P>(x);
+      score<M, P>(queries + size_t(first + i0) * size.units, keys + size_t(j) * size.units, size.units, x);
     }
-    score<M, P>(queries + size_t(first + i0) * size.units, keys + size_t(j) * size.units, size.units, x);
     take_factors<M, P>(query_factors + first + i0, key_factors + j, x);
     UNROLL for (int i = 0; i < kRows; i++) {
       UNROLL for (int v = 0; v < P; v++) x[i][v] = x[i][v] * scale + load(half + at[i] + j + v * W);

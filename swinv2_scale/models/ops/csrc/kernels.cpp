@@ -13,20 +13,28 @@ constexpr int kUsualDim = sizeof(In) < 8 ? 32 : 0;
 constexpr int kUsualDim = 0;
 #endif
 
-template <class In, class M>
+// With `Usual` instead of M for that dim.
+template <class In, class M, class Usual = M>
 struct Of {
-  static size_t forward_bytes(const Problem& p, const Group& g) { return Forward<In, M, 0>(p, g, nullptr).bytes; }
-  static size_t backward_bytes(const Problem& p, const Group& g) { return Backward<In, M, 0>(p, g, nullptr).bytes; }
+  static constexpr int kUsual = kUsualDim<In>;
+  static size_t forward_bytes(const Problem& p, const Group& g) {
+    return p.dim == kUsual ? Forward<In, Usual, kUsual>(p, g, nullptr).bytes : Forward<In, M, 0>(p, g, nullptr).bytes;
+  }
+  static size_t backward_bytes(const Problem& p, const Group& g) {
+    return p.dim == kUsual ? Backward<In, Usual, kUsual>(p, g, nullptr).bytes : Backward<In, M, 0>(p, g, nullptr).bytes;
+  }
   static void forward(const Problem& p, const Item& item, char* scratch) {
-    if (p.dim == kUsualDim<In>) {
-      Forward<In, M, kUsualDim<In>>(p, *item.group, scratch).run(item);
+    if (p.dim == kUsual) {
+      [[maybe_unused]] const typename Usual::State state{};
+      Forward<In, Usual, kUsual>(p, *item.group, scratch).run(item);
     } else {
       Forward<In, M, 0>(p, *item.group, scratch).run(item);
     }
   }
   static void backward(const Problem& p, const Item& item, int64_t index, char* scratch) {
-    if (p.dim == kUsualDim<In>) {
-      Backward<In, M, kUsualDim<In>>(p, *item.group, scratch).run(item, index);
+    if (p.dim == kUsual) {
+      [[maybe_unused]] const typename Usual::State state{};
+      Backward<In, Usual, kUsual>(p, *item.group, scratch).run(item, index);
     } else {
       Backward<In, M, 0>(p, *item.group, scratch).run(item, index);
     }
@@ -50,7 +58,9 @@ struct Of {
 
 extern "C" __attribute__((visibility("hidden"))) const swinv2::Kernels NAME(KERNELS) = {
     TEXT(KERNELS),
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+    {{}, {}, Of<BFloat16, Halves, Tiles>::table()},
+#elif defined(__AVX512BF16__)
     {{}, {}, Of<BFloat16, Halves>::table()},  // the others are those of avx512
 #else
     {Of<float, Wide<float>>::table(), Of<double, Wide<double>>::table(), Of<BFloat16, Wide<float>>::table()},

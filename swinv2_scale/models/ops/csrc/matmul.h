@@ -50,6 +50,8 @@ struct Wide {
   using Unit = Number;
   static constexpr int kPair = 1;  // numbers in a unit
   static constexpr bool kRaw = false;  // queries and keys are normalised before they are multiplied
+  static constexpr bool kTiles = false;
+  struct State {};  // of the processor, while such products are made
   static INLINE Vector<T> multiply_add(Unit a, Vector<Unit> b, Vector<T> c) { return a * b + c; }
   // P vectors of one row -> units along the row.
   template <int P>
@@ -67,6 +69,8 @@ struct Halves {
   using Unit = uint32_t;
   static constexpr int kPair = 2;
   static constexpr bool kRaw = true;  // or as they come, without a rounding, and their products after that
+  static constexpr bool kTiles = false;  // true: the products of whole blocks, see amx.h
+  struct State {};
   static INLINE Vector<T> multiply_add(Unit a, Vector<Unit> b, Vector<T> c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
   }
@@ -88,6 +92,19 @@ struct Halves {
   }
 };
 #endif
+
+template <class T, int P>
+INLINE void clear(Vector<T> (&x)[kRows][P]) {
+  UNROLL for (int i = 0; i < kRows; i++) {
+    UNROLL for (int v = 0; v < P; v++) x[i][v] = Vector<T>{};
+  }
+}
+template <int P, class T>
+INLINE void load_block(const T* from, int stride, Vector<T> (&x)[kRows][P]) {
+  UNROLL for (int i = 0; i < kRows; i++) {
+    UNROLL for (int v = 0; v < P; v++) x[i][v] = load(from + i * stride + v * kLanes<T>);
+  }
+}
 
 // acc[i][v] += rows[i] . panels[v]: kRows rows against P panels.
 template <class M, int P>

@@ -1,6 +1,7 @@
 // Reading a tile's tokens out of the map and writing gradients back, and where the scratch of an item lies.
 #pragma once
 
+#include "amx.h"
 #include "bias.h"
 #include "matmul.h"
 #include "problem.h"
