@@ -244,8 +244,8 @@ def _gradients(sharding: Sharding) -> tuple[int, int]:
     """(gradients at the end of backward, room for the update beside them)."""
     part, numel, width = sharding.part, sharding.numel, sharding.weight_width
     is_bf16 = width < _WIDE
-    if sharding.stage == 0:  # reduced in flat pieces; in bf16 the update reads float32 copies of all
-        return numel * width, min(numel, _FALLBACK_BUCKET) * width + numel * _WIDE * is_bf16
+    if sharding.stage == 0:  # reduced in flat pieces; when they are gone, in bf16 the update reads float32 copies
+        return numel * width, max(min(numel, _FALLBACK_BUCKET) * width, numel * _WIDE * is_bf16)
     if sharding.stage == 1 and is_bf16 and not sharding.steps_on_host:
         # DeepSpeed's BF16_Optimizer: bf16 ones, and a float32 sum of all on every process, which are reduced in bf16.
         # Two groups that fit one piece are copied side by side first.
