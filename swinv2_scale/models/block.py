@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from swinv2_scale import draws
 from swinv2_scale.geometry import Size
 from swinv2_scale.models.linear import GeluLinear, Library, Linear
+from swinv2_scale.models.norm import ResidualPostNorm
 from swinv2_scale.models.ops.attend import Attend
 from swinv2_scale.models.ops.fused import fused
 from swinv2_scale.models.position_bias import PositionBias
@@ -78,7 +79,7 @@ class Block(nn.Module):
         shifted: True for every second block of a stage.
         drop_path: probability of dropping a branch for a sample.
         library: what multiplies in its Linears.
-        attend: attention's backend; with ``fused`` our kernels compute the MLP's GELU, too.
+        attend: attention's backend; with ``fused`` our kernels compute the MLP's GELU and the norms, too.
     """
 
     def __init__(
@@ -99,9 +100,9 @@ class Block(nn.Module):
         super().__init__()
         self.index, self.shifted, self.drop_path_rate = index, shifted, drop_path
         self.attn = WindowAttention(dim, num_heads, window_size, pretrained_window, attend, library)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = ResidualPostNorm(dim, kernels=attend is fused)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), library, kernels=attend is fused)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = ResidualPostNorm(dim, kernels=attend is fused)
         self.norm3 = nn.LayerNorm(dim) if extra_norm else None
 
     def forward(self, x: Tensor, map_size: Size, drop_keys: Tensor | None = None) -> Tensor:
@@ -118,11 +119,12 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, table: Tensor, tiles: Tiling, share: Tensor | None) -> Tensor:
         """The first half: what model.compile makes one piece of, as the second. See forward() and _share()."""
-        return _added(x, self.norm1(self.attn(x, table, tiles)), share)
+        out: Tensor = self.norm1(self.attn(x, table, tiles), x, share)
+        return out
 
     def feed_forward(self, x: Tensor, share: Tensor | None) -> Tensor:
         """The second half, and the extra norm where there is one."""
-        x = _added(x, self.norm2(self.mlp(x)), share)
+        x = self.norm2(self.mlp(x), x, share)
         return x if self.norm3 is None else self.norm3(x)
 
     def _share(self, drop_keys: Tensor | None, which: int) -> Tensor | None:
@@ -132,7 +134,3 @@ class Block(nn.Module):
             return None
         kept = draws.uniform(drop_keys, 2 * self.index + which) >= self.drop_path_rate
         return (kept / (1 - self.drop_path_rate))[:, None, None]
-
-
-def _added(x: Tensor, branch: Tensor, share: Tensor | None) -> Tensor:
-    return x + (branch if share is None else branch * share.to(branch.dtype))

@@ -103,7 +103,7 @@ class GeluLinear(Linear):
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = self.bias if bias is None else bias
         is_onednn = self.library == "onednn" and _is_onednns(input, self.weight)
-        kernels = self.kernels and fused.takes_gelu(input)
+        kernels = self.kernels and fused.takes(input)
         return _Gelu.apply(input, self.weight, bias, is_onednn, kernels)  # type: ignore[no-any-return]
 
 

@@ -98,7 +98,10 @@ def _compile(command: str, folder: Path) -> Path:
     root = Path(torch.__file__).parent
     includes = (f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include")
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    jobs = {"binding": [command, *_FLAGS, "-O2", abi, *includes, "-c", f"{SOURCES}/binding.cpp"]}
+    jobs = {
+        name: [command, *_FLAGS, "-O2", abi, *includes, "-c", f"{SOURCES}/{name}.cpp"]
+        for name in ("attention", "elementwise")
+    }
     for name, flags in variants().items():
         defines = (f"-DKERNELS={name}",)
         jobs[name] = [command, *_FLAGS, *_KERNEL_FLAGS, *flags, *defines, "-c", f"{SOURCES}/kernels.cpp"]

@@ -78,8 +78,8 @@ def best(capability: str, usable: list[str]) -> str:
     return next(name for name in allowed if name in usable)
 
 
-def takes_gelu(x: Tensor) -> bool:
-    """Whether gelu() and gelu_backward() are for such a tensor; load() comes first."""
+def takes(x: Tensor) -> bool:
+    """Whether gelu() and add_layer_norm() are for such a tensor; load() comes first."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
@@ -94,8 +94,25 @@ def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.swinv2_scale.gelu_backward(x.contiguous(), grad), grad
 
 
+def add_layer_norm(x: Tensor, branch: Tensor, share: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x + share * LayerNorm(branch) in one pass.
+
+    Args:
+        x, branch: (samples, .., channels), of one type that takes() takes.
+        share: float32 (samples), or None for 1; gets no gradient.
+        weight, bias: (channels), of any floating-point type.
+    """
+    wide = weight.float(), bias.float()
+    share = None if share is None else share.contiguous()
+    out, _, _ = torch.ops.swinv2_scale.add_layer_norm(x.contiguous(), branch.contiguous(), share, *wide, eps)
+    return out  # type: ignore[no-any-return]
+
+
 def _register() -> None:
     """What torch.compile and autograd know about the operators."""
+    torch.library.register_fake("swinv2_scale::add_layer_norm", _norm_shapes)
+    torch.library.register_fake("swinv2_scale::add_layer_norm_backward", _norm_backward_shapes)
+    torch.library.register_autograd("swinv2_scale::add_layer_norm", _norm_backward, setup_context=_keep_norm)
     torch.library.register_fake("swinv2_scale::gelu", torch.empty_like)
     torch.library.register_fake("swinv2_scale::gelu_backward", lambda x, grad: torch.empty_like(x))
     torch.library.register_fake("swinv2_scale::window_attention", _shapes)
@@ -134,3 +151,27 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...
         grad_out.contiguous(), *ctx.saved_tensors, ctx.num_tiles, ctx.sides
     )
     return *gradients, None, None, None
+
+
+def _norm_shapes(
+    x: Tensor, branch: Tensor, share: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = weight.new_empty(branch.numel() // branch.shape[-1])
+    return torch.empty_like(branch), rows, torch.empty_like(rows)
+
+
+def _norm_backward_shapes(
+    grad: Tensor, branch: Tensor, share: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(branch), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, branch, share, weight, _, _ = inputs
+    ctx.save_for_backward(branch, share, weight, *output[1:])
+
+
+def _norm_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grad = grad.contiguous()
+    branch, weight, bias = torch.ops.swinv2_scale.add_layer_norm_backward(grad, *ctx.saved_tensors)
+    return grad, branch, None, weight, bias, None

@@ -2,6 +2,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "gelu.h"
+#include "norm.h"
 
 namespace {
 
@@ -40,10 +41,12 @@ struct Of {
     }
   }
   static constexpr swinv2::KernelsOfType table() {
-    swinv2::KernelsOfType found{forward_bytes, backward_bytes, forward, backward, nullptr, nullptr};
+    swinv2::KernelsOfType found{forward_bytes, backward_bytes, forward, backward};
     if constexpr (sizeof(In) < 8) {
       found.gelu = gelu<In>;
       found.gelu_backward = gelu_backward<In>;
+      found.add_norm = add_norm<In>;
+      found.add_norm_backward = add_norm_backward<In>;
     }
     return found;
   }

@@ -45,6 +45,18 @@ struct Problem {
   int dim;
 };
 
+// Rows of float32 or bfloat16: x + share * LayerNorm(branch), or of its gradient the branch's.
+struct Norm {
+  const void *x, *branch, *grad;  // (rows, channels)
+  const float *weight, *bias;     // (channels)
+  const float* share;             // (samples), or none: 1
+  void* out;                      // (rows, channels)
+  float *mean, *rstd;             // (rows); forward writes them, backward reads them
+  int64_t rows_a_sample;
+  int channels;
+  float eps;
+};
+
 enum Type { kFloat, kDouble, kBFloat16, kNumTypes };
 
 struct KernelsOfType {
@@ -54,6 +66,8 @@ struct KernelsOfType {
   void (*backward)(const Problem&, const Item&, int64_t index, char* scratch);
   void (*gelu)(const void* x, void* y, int64_t count);  // none for double
   void (*gelu_backward)(const void* x, void* grad, void* y, int64_t count);
+  void (*add_norm)(const Norm&, int64_t first, int64_t last);  // of rows; none for double
+  void (*add_norm_backward)(const Norm&, int64_t first, int64_t last, float* sums);
 };
 
 struct Kernels {

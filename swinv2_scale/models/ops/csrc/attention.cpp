@@ -1,6 +1,5 @@
-// The operators that torch sees: checks of what comes in, the order of work, sums of partial results.
+// Attention as torch sees it: checks of what comes in, the order of work, sums of partial results. Which kernels run.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #if defined(__x86_64__)
@@ -12,27 +11,23 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <string>
 #include <vector>
 
-#include "problem.h"
-
-// What `#pragma omp parallel` calls. Said by name, and not linked, so that it is found in the OpenMP library that torch
-// brought along, whichever compiler this is: a second one in the process would have threads of its own.
-extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned num_threads, unsigned flags);
+#include "threads.h"
 
 extern "C" const swinv2::Kernels swinv2_kernels_portable, swinv2_kernels_avx2, swinv2_kernels_avx512,
     swinv2_kernels_avx512_bf16, swinv2_kernels_amx_bf16;
 
 namespace swinv2 {
+
+Kernels active = swinv2_kernels_portable;
+std::atomic<int64_t> num_workers{0};
+
 namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
-
-Kernels active = swinv2_kernels_portable;
-std::atomic<int64_t> num_workers{0};  // threads that took part in the last call
 
 #if defined(__x86_64__)
 // AMX for bfloat16: the CPU has it, and Linux lets this process use its registers, for which it has to be asked.
@@ -227,34 +222,6 @@ struct Call {
   }
 };
 
-// run(i, worker) for every i < count, in any order; workers are numbered.
-template <class Run>
-void for_each(int64_t count, int64_t threads, const Run& run) {
-  struct Shared {
-    const Run& run;
-    int64_t count;
-    std::atomic<int64_t> next{0}, workers{0};
-  } shared{run, count};
-  void (*work)(void*) = [](void* data) {
-    Shared& s = *static_cast<Shared*>(data);
-    int64_t worker = -1;
-    for (int64_t i; (i = s.next++) < s.count;) {
-      if (worker < 0) worker = s.workers++;
-      s.run(i, worker);
-    }
-  };
-  if (threads > 1) {
-    GOMP_parallel(work, &shared, static_cast<unsigned>(threads), 0);
-  } else {
-    work(&shared);
-  }
-  num_workers = shared.workers.load();
-}
-
-int64_t threads_for(int64_t count) {
-  return at::in_parallel_region() ? 1 : std::clamp<int64_t>(count, 1, at::get_num_threads());
-}
-
 // run(i, scratch) for every item; each writes to places of its own.
 template <class Run>
 void for_each_item(const Call& call, size_t scratch_bytes, const Run& run) {
@@ -333,44 +300,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   return {grad_qkv, grad_scale, grad_table};
 }
 
-// Of 32 thousand numbers at a time: run(first, count, kernels).
-template <class Run>
-void for_each_piece(const Tensor& x, const Run& run) {
-  const auto dtype = x.scalar_type();
-  TORCH_CHECK((dtype == at::kFloat || dtype == at::kBFloat16) && x.is_contiguous() && x.device().is_cpu(),
-              "x must be contiguous float32 or bfloat16 on the CPU, it is ", dtype);
-  constexpr int64_t kPiece = 32 * 1024;
-  const int64_t pieces = (x.numel() + kPiece - 1) / kPiece;
-  const KernelsOfType kernels = active.of[dtype == at::kFloat ? kFloat : kBFloat16];
-  for_each(pieces, threads_for(pieces), [&](int64_t i, int64_t) {
-    run(i * kPiece * x.element_size(), std::min(kPiece, x.numel() - i * kPiece), kernels);
-  });
-}
-
-Tensor gelu(const Tensor& x) {
-  Tensor y = at::empty_like(x);
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char* to = static_cast<char*>(y.data_ptr());
-  for_each_piece(x, [&](int64_t at, int64_t count, const KernelsOfType& kernels) {
-    kernels.gelu(from + at, to + at, count);
-  });
-  return y;
-}
-
-// gelu(x); the gradient of it becomes that of x.
-Tensor gelu_backward(const Tensor& x, const Tensor& grad) {
-  TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() && grad.is_contiguous(),
-              "the gradient must be as x, ", x.scalar_type(), " ", x.sizes(), ", it is ", grad.scalar_type(), " ",
-              grad.sizes());
-  Tensor y = at::empty_like(x);
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char *gradient = static_cast<char*>(grad.data_ptr()), *to = static_cast<char*>(y.data_ptr());
-  for_each_piece(x, [&](int64_t at, int64_t count, const KernelsOfType& kernels) {
-    kernels.gelu_backward(from + at, gradient + at, to + at, count);
-  });
-  return y;
-}
-
 }  // namespace
 
 TORCH_LIBRARY(swinv2_scale, m) {
@@ -380,8 +309,6 @@ TORCH_LIBRARY(swinv2_scale, m) {
   m.def(
       "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsumexp, Tensor logit_scale, "
       "Tensor bias_table, Tensor order, int[] num_tiles, int[] sides) -> (Tensor, Tensor, Tensor)");
-  m.def("gelu(Tensor x) -> Tensor");
-  m.def("gelu_backward(Tensor x, Tensor(a!) grad) -> Tensor");
   m.def("usable_kernels", &usable_kernels);
   m.def("select_kernels", &select_kernels);
   m.def("num_workers", []() -> int64_t { return num_workers; });
@@ -390,8 +317,6 @@ TORCH_LIBRARY(swinv2_scale, m) {
 TORCH_LIBRARY_IMPL(swinv2_scale, CPU, m) {
   m.impl("window_attention", &forward);
   m.impl("window_attention_backward", &backward);
-  m.impl("gelu", &gelu);
-  m.impl("gelu_backward", &gelu_backward);
 }
 
 }  // namespace swinv2
