@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from swinv2_scale.data.forks import Context
 from swinv2_scale.data.ledger import NUM_COLUMNS, Quarantined, tally
 from swinv2_scale.data.order import Order, Place, positions_of
 from swinv2_scale.data.shards.reader import Record, ShardReader
@@ -245,6 +246,7 @@ def _batches(
         pin_memory=torch.cuda.is_available(),
         # Its own generator: the loader draws a seed for its workers, which nobody uses.
         generator=torch.Generator(),
+        multiprocessing_context=Context() if num_workers else None,
     )
     try:
         for item in loader:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from swinv2_scale.data.forks import Context
 from swinv2_scale.errors import DataError
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ def in_order(function: Callable[[T], R], things: Iterable[T], processes: int) ->
         yield from map(function, things)
         return
     # Forked: a worker has everything imported at once, and doesn't run the main script again.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), initializer=_begin)
+    pool = ProcessPoolExecutor(processes, Context(), initializer=_begin)
     waiting: deque[Future[R]] = deque()
     try:
         for thing in things:

@@ -16,8 +16,8 @@ ROWS = [
 ]
 
 
-def test_each_of_the_27_faults_has_one_row_in_order():
-    assert [row[0] for row in ROWS] == [f"F{number}" for number in range(1, 28)]
+def test_each_of_the_28_faults_has_one_row_in_order():
+    assert [row[0] for row in ROWS] == [f"F{number}" for number in range(1, 29)]
     assert all(len(row) == 5 and all(row) for row in ROWS)
 
 

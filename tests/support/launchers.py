@@ -52,8 +52,8 @@ class Launched:
         """Until its metrics have the row of a step."""
         metrics, end = self.run / "metrics.jsonl", time.monotonic() + DEADLINE_S
         while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < end, self.output
+            assert self.process.poll() is None, f"{self.output}\n{self._state()}"
+            assert time.monotonic() < end, f"{self.output}\n{self._state()}"
             time.sleep(0.05)
 
     def wait(self, at_most_s: float = DEADLINE_S) -> int:

@@ -12,19 +12,10 @@ from torch.nn import functional as F
 
 from swinv2_scale.models.block import Mlp
 from swinv2_scale.models.ops import fused
-from tests.support.fused_kernels import needs_fused, usable
+from tests.support.fused_kernels import needs_fused
 from tests.support.live_memory import saved_bytes
 
-pytestmark = needs_fused
-
-
-@pytest.fixture(autouse=True, params=usable())
-def kernels(request: pytest.FixtureRequest) -> Any:
-    before = torch.get_num_threads()
-    torch.ops.swinv2_scale.select_kernels(request.param)
-    yield request.param
-    torch.ops.swinv2_scale.select_kernels(usable()[-1])
-    torch.set_num_threads(before)
+pytestmark = [needs_fused, pytest.mark.usefixtures("kernels")]
 
 
 def both(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

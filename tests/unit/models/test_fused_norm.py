@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -11,20 +10,11 @@ from torch import Tensor
 
 from swinv2_scale.models.norm import ResidualPostNorm
 from swinv2_scale.models.ops import fused
-from tests.support.fused_kernels import needs_fused, usable
+from tests.support.fused_kernels import needs_fused
 from tests.support.live_memory import saved_bytes
 
-pytestmark = needs_fused
+pytestmark = [needs_fused, pytest.mark.usefixtures("kernels")]
 SHARES = torch.tensor([0.0, 2.0, 1.25]).view(3, 1, 1)
-
-
-@pytest.fixture(autouse=True, params=usable())
-def kernels(request: pytest.FixtureRequest) -> Any:
-    before = torch.get_num_threads()
-    torch.ops.swinv2_scale.select_kernels(request.param)
-    yield request.param
-    torch.ops.swinv2_scale.select_kernels(usable()[-1])
-    torch.set_num_threads(before)
 
 
 def norms(channels: int, dtype: torch.dtype) -> tuple[ResidualPostNorm, ResidualPostNorm, ResidualPostNorm]:
