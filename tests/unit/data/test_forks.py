@@ -22,7 +22,8 @@ from swinv2_scale.data.order import Order
 from swinv2_scale.data.shards.reader import ShardReader
 from swinv2_scale.data.shards.shard_set import read_shard_set
 pattern, hanging = sys.argv[1], int(sys.argv[2])
-forks._PATIENCE_S = 0.5
+if hanging:
+    forks._PATIENCE_S = 1.0  # the one that runs has 4 s, or the 5 s that it always has
 pids, fork = [], os.fork
 def recorded():
     pid = fork()
@@ -62,7 +63,7 @@ def test_f28_workers_whose_forks_hung_are_ended_and_forked_again(pattern: str) -
     (children, *keys), said = batches_with(2, pattern)
     assert children == "3"
     assert said.count("a worker process did not begin to run within") == 2, said
-    assert "within 1 s" in said  # the second one has twice as long
+    assert said.index("within 1 s") < said.index("within 2 s")
     (alone, *undisturbed), silence = batches_with(0, pattern)
     assert alone == "1"
     assert not silence
