@@ -47,7 +47,8 @@ test: .venv/installed-dev .venv/kernels
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # On a real Slurm, real ssh hosts and network namespaces of this machine, and the longest of the other tests; root's
-# apt-get installs what is missing.
+# apt-get installs what is missing. One after another: DeepSpeed ends a job over pdsh by pkill, and so ends the launchers
+# of all others on this machine.
 test-system: .venv/installed-dev
 	tests/system/install.sh
 	$(BIN)/python -m pytest -q -m system tests $(ARGS)
