@@ -300,7 +300,7 @@ def _plot(results: dict[str, Any], path: Path) -> None:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_title(name, fontsize=9)
         axis.tick_params(axis="x", rotation=75, labelsize=8)
-    axes[0][0].set_ylabel("train steps a CPU second, best eager peer = 1")
+    axes[0][0].set_ylabel("train steps a CPU second\n(best eager peer = 1)")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
@@ -27,27 +25,29 @@ class _Popen(Popen):
 
     def _launch(self, process_obj: Process) -> None:
         patience_s = _PATIENCE_S
-        while True:
-            here, there = process_obj.line = socket.socketpair()
-            super()._launch(process_obj)  # type: ignore[misc]  # typeshed has no private methods
-            there.close()
-            with here:
-                here.settimeout(patience_s)
-                try:
-                    here.recv(len(_READY))
-                    here.sendall(_GO)
-                except TimeoutError:
-                    pass
-                except OSError:  # it has died already; whoever waits for its results says so
-                    return
-                else:
-                    return
-            os.kill(self.pid, signal.SIGKILL)
+        while not self._begins(process_obj, patience_s):
+            self.kill()
             self.wait()
             self.close()
             self.returncode = None
             log().warning("a worker process did not begin to run within %.0f s; forking another one", patience_s)
             patience_s *= 2
+
+    def _begins(self, process_obj: Process, patience_s: float) -> bool:
+        """Fork; False if the child hasn't said in time that it runs. One that has died is found by whoever uses it."""
+        here, there = process_obj.line = socket.socketpair()
+        super()._launch(process_obj)  # type: ignore[misc]  # typeshed has no private methods
+        there.close()
+        with here:
+            here.settimeout(patience_s)
+            try:
+                here.recv(len(_READY))
+                here.sendall(_GO)
+            except TimeoutError:
+                return False
+            except OSError:
+                pass
+        return True
 
 
 class Process(ForkProcess):

@@ -52,8 +52,8 @@ class Launched:
         """Until its metrics have the row of a step."""
         metrics, end = self.run / "metrics.jsonl", time.monotonic() + DEADLINE_S
         while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
-            assert self.process.poll() is None, f"{self.output}\n{self._state()}"
-            assert time.monotonic() < end, f"{self.output}\n{self._state()}"
+            assert self.process.poll() is None, self._report()
+            assert time.monotonic() < end, self._report()
             time.sleep(0.05)
 
     def wait(self, at_most_s: float = DEADLINE_S) -> int:
@@ -61,17 +61,17 @@ class Launched:
         end = time.monotonic() + at_most_s
         while (code := self.process.poll()) is None or self.members():
             if time.monotonic() > end:
-                state = self._state()
+                report = self._report()
                 self.kill()
-                raise AssertionError(f"deadline reached, code {code}:\n{self.output}\n{state}")
+                raise AssertionError(f"deadline reached, code {code}:\n{report}")
             time.sleep(0.05)
         return code
 
-    def _state(self) -> str:
-        """What is alive, and what the ranks wrote down: a launcher that hangs doesn't pass on what they print."""
+    def _report(self) -> str:
+        """Output, who is alive, what ranks wrote down: a launcher that hangs doesn't pass on what they print."""
         alive = [f"alive: {pid} {command}" for pid, command in self.members()]
         logs = [f"{path}:\n{path.read_text()[-5000:]}" for path in sorted(self.run.glob("log/rank-*.log"))]
-        return "\n".join([*alive, *logs])
+        return "\n".join([self.output, *alive, *logs])
 
     def kill(self) -> None:
         for pid, _ in self.members():
